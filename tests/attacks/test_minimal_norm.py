@@ -131,6 +131,7 @@ def test_carlini_wagner_is_within_five_per_cent_of_the_optimum(classes, shape):
     assert victim.forwards == victim.backwards + len(x)
 
 
+@pytest.mark.full
 def test_carlini_wagner_is_within_five_per_cent_at_the_edge_of_the_box():
     model, w = binary((1, 6, 6))
     x = torch.rand(6, 1, 6, 6, generator=torch.Generator().manual_seed(1)).round()

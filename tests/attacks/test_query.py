@@ -208,6 +208,7 @@ def test_square_with_early_abandon_stops_after_an_eighth_and_keeps_what_it_found
         Square(eps=0.1, early_abandon=0)
 
 
+@pytest.mark.full
 def test_square_with_early_abandon_breaks_what_the_whole_budget_breaks(trained, digits):
     class Stairs(torch.nn.Module):
         """The trained net behind pixels rounded to steps: its gradient is zero, its scores tell."""

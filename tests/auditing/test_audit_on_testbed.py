@@ -34,7 +34,7 @@ SUITE = Suite(
     eps_adv=False,
 )
 FAST = ("logits x 1e4",)
-HONEST_FAST = ("standard", "shared-adversarial")
+HONEST_FAST = ("standard",)
 ELSEWHERE = ("adversarial training on test images",)
 """What ten epochs at eps 0.05 teach too little by heart to be seen; ``benchmarks/testbed.py`` audits it as it is."""
 

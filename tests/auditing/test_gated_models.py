@@ -96,7 +96,7 @@ def test_a_model_that_is_weak_while_its_parameters_are_trainable_is_found(digits
     assert flags == [False] + [True] * (len(flags) - 1)  # as they came
 
 
-@pytest.mark.parametrize("minutes", [None, 0.5])
+@pytest.mark.parametrize("minutes", [full(None), 0.5])
 def test_a_model_that_changes_after_its_first_calls_is_found_by_a_copy_nobody_has_asked(minutes, digits):
     small = Suite(
         eps=(EPS,),

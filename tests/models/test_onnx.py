@@ -94,7 +94,7 @@ def test_a_file_of_any_form_has_the_gradients_of_its_net(tmp_path, form, images)
     torch.testing.assert_close(slopes[0], slopes[1], atol=atol, rtol=1e-3)
 
 
-@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("batch", [None, full(2)])
 def test_a_file_of_todays_exporter_has_gradients(tmp_path, batch, images):
     pytest.importorskip("onnx2torch")
     shapes = ({0: torch.export.Dim("n")},) if batch is None else None

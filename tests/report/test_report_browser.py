@@ -79,7 +79,7 @@ CELLS = """Array.from(document.querySelectorAll("td"), (node) => {
 })"""
 
 
-@pytest.mark.parametrize("width", [360, full(768), 1280])
+@pytest.mark.parametrize("width", [360, full(768), full(1280)])
 @pytest.mark.parametrize("colour", quickly([False, True], True))
 def test_page_never_scrolls_sideways(browser: Browser, tmp_path: Path, width: int, colour: bool) -> None:
     folders, _ = three(tmp_path, colour=colour)
@@ -130,7 +130,7 @@ def test_paper_shows_everything(browser: Browser, written: Written) -> None:
     page.context.close()
 
 
-@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("width", [390, full(1200)])
 def test_mathematics_is_folded_and_drawn_at_full_width_when_opened(
     browser: Browser, written: Written, width: int
 ) -> None:

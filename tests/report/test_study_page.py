@@ -19,6 +19,7 @@ from gambeson.studies import Study
 from gambeson.studies.measures import Value
 from gambeson.studies.rows import Result, StudyResult
 from gambeson.studies.verdicts import verdicts
+from tests.conftest import full
 
 NAMES = {"standard": (0.95, 0.60, 0.05), "pgd": (0.85, 0.20, 0.12), "<b>heaps</b>": (0.90, 0.25, 0.20)}
 
@@ -238,7 +239,7 @@ def test_rows_are_sorted_filtered_and_opened_by_keyboard(browser: Browser, path:
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, full(1280)])
 def test_the_study_page_never_scrolls_sideways(browser: Browser, path: Path, width: int) -> None:  # noqa: F811
     page, complaints, _ = visit(browser, path, width)
     page.evaluate("document.querySelectorAll('details').forEach((drawer) => { drawer.open = true; })")

@@ -95,7 +95,8 @@ def test_logits_without_a_scale_are_left_alone(answer, classes, digits):
         assert temperature.temperature(victim, digits.validation, 0) == 1
 
 
-@pytest.mark.parametrize("factor", [pytest.param(0.01, marks=pytest.mark.full), 1000.0])
+@pytest.mark.full
+@pytest.mark.parametrize("factor", [0.01, 1000.0])
 def test_an_audit_finds_no_less_whatever_the_scale(factor, trained, digits):
     plain, other = (gb.audit(model, digits, SUITE).results for model in (trained, Times(trained, factor)))
     assert other.temperature != 1 == plain.temperature
