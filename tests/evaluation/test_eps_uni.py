@@ -1,5 +1,7 @@
 """eps_uni and eps_adv against closed forms, what chooses and what reports, and the coverage of their intervals."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from gambeson.attacks import PGD, StochasticPGD, UniversalPerturbation, control
 from gambeson.attacks.universal.perturbation import Provenance
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate, eps_adv, eps_uni, strongest, universal_evasion
+from gambeson.evaluation.bisection import Bisection
 from gambeson.evaluation.eps_uni import Found, scaled, search
 from gambeson.evaluation.rates import crossing_interval
 from gambeson.evaluation.universal import error_rate
@@ -168,6 +171,29 @@ def test_where_runs_are_few_known_perturbations_are_scaled(known, digits, traine
     assert many.value <= few.value < 1.2 * many.value
     assert few.tolerance < 0.05 * few.value
     assert few.cost.forwards < many.cost.forwards
+
+
+@pytest.mark.parametrize("breaks", [math.inf, 0.9, 20.0])
+def test_scaled_perturbations_are_scored_no_more_often_than_a_budget_counts_on(breaks):
+    scored = []
+
+    def errors(eps):
+        wrong = 60 if eps >= breaks else 0
+        return Counts((torch.arange(100) >= wrong).long(), torch.ones(100, dtype=torch.long))
+
+    def rescaled(_, eps):
+        scored.append(eps)
+        return errors(eps)
+
+    fields = {"delta": 0.5, "tolerance": 0.001, "tried": {}, "runs": 1, "seed": 0, "title": ""}
+    search = Bisection(
+        attempt=lambda eps, _: errors(eps), errors=lambda found: found, rescale=rescaled, clean=errors(0),
+        largest=1e9, **fields,
+    )  # fmt: skip
+    found = search.run()
+    assert 0 < len(scored) <= 24
+    assert found["censored"] == (breaks > 1)
+    assert found["censored"] or found["value"] == pytest.approx(breaks, rel=0.05)
 
 
 def test_each_try_begins_from_the_best_so_far():

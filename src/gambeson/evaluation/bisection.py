@@ -17,7 +17,7 @@ FLOOR = 1e-6
 float32 pixels begins to matter (ours)."""
 _NEIGHBOURS = 6
 """Maximum number of rescalings of the perturbation found on each side of eps_uni, at increasing distance, and of
-halvings of a bracket by rescaled ones."""
+doublings and of halvings by rescaled ones: 24 scores in all, which a budget counts on."""
 _FAR = 4.0
 """Distance of the error curve from delta, in standard errors, that suffices for the bootstrap."""
 
@@ -122,9 +122,10 @@ class Bisection(Generic[FoundT]):
             curve[eps] = max((self.rescale(end, eps) for end in ends), key=lambda one: one.error)
             return curve[eps].error >= self.delta
 
-        while ends and high == math.inf and (most := max([low, *curve])) < self.largest:
-            eps = min(self.largest, 2 * most)
-            high = eps if succeeds(eps) else high
+        for _ in range(_NEIGHBOURS if ends else 0):
+            if high == math.inf and (most := max([low, *curve])) < self.largest:
+                eps = min(self.largest, 2 * most)
+                high = eps if succeeds(eps) else high
         for _ in range(_NEIGHBOURS if math.isfinite(high) else 0):
             if high - low > self._width(high):
                 middle = (low + high) / 2
