@@ -121,7 +121,8 @@ def test_the_page_has_every_number_and_what_is_not_run(path: Path) -> None:
     assert len(effects) == 4
     assert all("-0.35" in row[3] and "reproduced" in row[4] for row in effects)
     standard = next(row for row in seen.rows if row[0].startswith("standard") and "mnist5k" in row[0])
-    assert standard[1].startswith("92.5 % [92.0, 93.0]")  # the mean of two seeds, and both
+    # The mean of 0.92 and 0.93, and 12.706 times its standard error of 0.005.
+    assert standard[1].startswith("92.5 % [86.1, 98.9]")
     assert standard[2].startswith("62.5 %")
     pgd = next(row for row in seen.rows if row[0].startswith("pgd") and "equal time" in row[0])
     assert "not run" in pgd[3]
@@ -132,6 +133,10 @@ def test_the_page_has_every_number_and_what_is_not_run(path: Path) -> None:
     assert len(charts) == 2 * 2 * 2  # data, equality, and two measures against clean accuracy
     front = charts[0]["data"][0]
     assert (front["x"], front["y"]) == ([84.5, 89.5, 94.5], pytest.approx([20.5, 25.5, 60.5]))
+    plain = next(trace for trace in charts[0]["data"] if trace["name"] == "standard")
+    assert plain["error_x"]["arrayminus"] == pytest.approx([6.3531], abs=1e-3)
+    assert plain["error_x"]["array"] == pytest.approx([5.5])  # no accuracy is above 100 %
+    assert plain["error_y"]["array"] == plain["error_y"]["arrayminus"] == pytest.approx([6.3531], abs=1e-3)
 
 
 def test_where_one_seed_says_something_no_number_of_seeds_is_invented(tmp_path: Path) -> None:

@@ -652,7 +652,7 @@ def test_an_earlier_summary_stands_in_for_data_sets_that_are_not_run(done, tmp_p
     for row in earlier["rows"]:  # as if both had run, with other numbers
         row["values"] = row["values"] or {"fgsm.accuracy": {"value": 0.5 + 0.1 * (row["defense"] == "heaps")}}
         row["values"]["clean.accuracy"] = {"value": 0.25}
-        row["not run"] = []
+        row["not run"], row["flat"] = [], False
     earlier["date"] = "2020-01-01 00:00"
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     assert run(["study", "export", str(file), "--to", "json", "-o", str(root), "-f", str(both), "--join",
@@ -661,6 +661,7 @@ def test_an_earlier_summary_stands_in_for_data_sets_that_are_not_run(done, tmp_p
     for row, own in zip(found["rows"], here.rows, strict=True):
         mine = own.values["clean.accuracy"].value if row["data"] == "digits" else 0.25
         assert row["values"]["clean.accuracy"]["value"] == mine
+        assert row.get("flat") is (None if row["data"] == "digits" else False)
     assert (found["done"], found["cells"], here.done) == (36, 36, 18)
     assert found["joined"] == {"2020-01-01 00:00": ["mnist5k, lenet5, equal steps"]}
     digits, taken = found["claims"][0]["findings"]

@@ -13,7 +13,7 @@ from gambeson.report.formatting import Facts, flat, percent
 from gambeson.studies.claims import Claim
 from gambeson.studies.measures import Value, meaning
 from gambeson.studies.rows import Result, StudyResult
-from gambeson.studies.verdicts import Finding, front
+from gambeson.studies.verdicts import Finding, front, interval
 
 AT = {"steps": "equal steps", "seconds": "equal time"}
 _BADGES = {
@@ -205,15 +205,22 @@ def _text(value: float, metric: str) -> str:
 
 
 def _number(values: Sequence[Value], metric: str) -> Number:
-    """The mean over seeds; below it the range, or of one seed the interval over images."""
+    """The mean over seeds; below it its interval, which of one seed is over images."""
     if not values:
         return Number("–", "not run", "")
-    mean = statistics.fmean(value.value for value in values)
-    known = [end for one in values for end in (one.low, one.high) if end is not None]
-    ends = [one.value for one in values] if len(values) > 1 else known
-    below = f"[{_ends(min(ends), metric)}, {_ends(max(ends), metric)}]" if ends else ""
+    mean, ends = statistics.fmean(value.value for value in values), _interval(values, metric)
+    below = "" if ends is None else f"[{_ends(ends[0], metric)}, {_ends(ends[1], metric)}]"
     beyond = any(value.censored for value in values)
     return Number(f"{'> ' if beyond else ''}{_text(mean, metric)}", below, repr(mean))
+
+
+def _interval(values: Sequence[Value], metric: str) -> tuple[float, float] | None:
+    """The 95 % interval of the mean over seeds, or of one seed over images, if it has one."""
+    if len(values) == 1:
+        (one,) = values
+        return None if one.low is None or one.high is None else (one.low, one.high)
+    low, high = interval([value.value for value in values])
+    return (max(low, 0.0), min(high, 1.0)) if meaning(metric).share else (low, high)
 
 
 def _ends(value: float, metric: str) -> str:
@@ -283,32 +290,35 @@ def _charts(result: StudyResult, metrics: Sequence[str]) -> list[tuple[str, list
 
 
 def _chart(name: str, rows: Sequence[Result], clean: str, other: str) -> Chart | None:
-    """One point per defence and variant, with the range over its seeds, and the Pareto front of the means."""
-    points: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    """One point per defence and variant, with its intervals over seeds, and the Pareto front of the means."""
+    points: dict[str, dict[str, tuple[list[Value], list[Value]]]] = {}
     for row in rows:
         if clean in row.values and other in row.values:
             both = points.setdefault(row.defense, {}).setdefault(row.variant, ([], []))
-            both[0].append(row.values[clean].value)
-            both[1].append(row.values[other].value)
+            both[0].append(row.values[clean])
+            both[1].append(row.values[other])
     if not points:
         return None
-    scales = [100.0 if meaning(metric).share else 1.0 for metric in (clean, other)]
+    metrics = (clean, other)
+    scales = [100.0 if meaning(metric).share else 1.0 for metric in metrics]
     traces: list[dict[str, Any]] = []
     means = []
     for k, (label, variants) in enumerate(points.items()):
-        centres = [[scales[i] * statistics.fmean(both[i]) for both in variants.values()] for i in (0, 1)]
-        means += list(zip(*centres, strict=True))
-        arms = {}
+        centres, arms = [], {}
         for i, axis in enumerate("xy"):
-            spans = [(centre, both[i]) for centre, both in zip(centres[i], variants.values(), strict=True)]
+            centre = [statistics.fmean(value.value for value in both[i]) for both in variants.values()]
+            ends = [_interval(both[i], metrics[i]) for both in variants.values()]
+            lows, highs = zip(*(end or (mean, mean) for end, mean in zip(ends, centre, strict=True)), strict=True)
+            centres.append([scales[i] * mean for mean in centre])
             arms[f"error_{axis}"] = {
                 "type": "data",
                 "symmetric": False,
-                "array": [scales[i] * max(values) - centre for centre, values in spans],
-                "arrayminus": [centre - scales[i] * min(values) for centre, values in spans],
+                "array": [scales[i] * (high - mean) for high, mean in zip(highs, centre, strict=True)],
+                "arrayminus": [scales[i] * (mean - low) for low, mean in zip(lows, centre, strict=True)],
                 "color": hue(k),
                 "thickness": 1,
             }
+        means += list(zip(*centres, strict=True))
         look = {"color": hue(k), "symbol": MARKERS[k % len(MARKERS)], "size": 10}
         text = [f"{label}{f' ({variant})' if variant else ''}" for variant in variants]
         traces.append(

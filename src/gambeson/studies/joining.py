@@ -12,7 +12,7 @@ from gambeson.studies.rows import Result, StudyResult, judged
 from gambeson.studies.study import Study
 
 _SHOWN = ("data", "model", "defense", "variant", "at", "seed")
-_UNTOLD: dict[str, Any] = {"recipe": {}, "flat": None, "verdicts": {}, "folders": {}}
+_UNTOLD: dict[str, Any] = {"recipe": {}, "verdicts": {}, "folders": {}}
 """What a summary does not say of a row."""
 
 
@@ -71,7 +71,13 @@ def _parts(earlier: Mapping[str, Any]) -> tuple[Study, list[Result]]:
         dates = {place: date for date, places in earlier.get("joined", {}).items() for place in places}
         device = {"device": ", ".join(sorted({one["device"] for one in earlier["environments"]}))}
         rows = [
-            Result(**{name: row[name] for name in (*_SHOWN, "values")}, missing=row["not run"], **_UNTOLD, **device)
+            Result(
+                **{name: row[name] for name in (*_SHOWN, "values")},
+                missing=row["not run"],
+                flat=row.get("flat"),
+                **_UNTOLD,
+                **device,
+            )
             for row in earlier["rows"]
         ]
         date = str(earlier["date"])

@@ -167,6 +167,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
             **{name: getattr(row, name) for name in ("data", "model", "defense", "variant", "at", "seed")},
             "values": {name: value.model_dump(exclude_defaults=True) for name, value in row.values.items()},
             "not run": row.missing,
+            **({} if row.flat is None else {"flat": row.flat}),
         }
         for row in result.rows
     ]

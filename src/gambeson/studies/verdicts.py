@@ -174,10 +174,21 @@ def _finding(
 
 
 def _half(spread: float, seeds: int, confidence: float) -> float:
-    """Half the width of Student's interval of a mean."""
+    """Half the width of Student's interval of a mean, from the standard deviation over seeds."""
     from scipy.special import stdtrit
 
     return float(stdtrit(seeds - 1, (1 + confidence) / 2)) * spread / math.sqrt(seeds)
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Return the ends of Student's interval of the mean over seeds.
+
+    Args:
+        values: one a seed, of two or more.
+        confidence: two-sided.
+    """
+    mean, half = statistics.fmean(values), _half(statistics.stdev(values), len(values), confidence)
+    return mean - half, mean + half
 
 
 def _deciding(distance: float, spread: float, seeds: int, confidence: float) -> int | None:
