@@ -13,6 +13,7 @@ from torch import nn
 import gambeson as gb
 
 torch.set_num_threads(1)  # the nets are tiny: a second thread costs more than it brings
+torch.backends.mkldnn.set_flags(False)  # oneDNN takes half as long again for convolutions of few channels
 os.environ["OMP_NUM_THREADS"] = "1"  # nor to the processes of a test, whose last digits are then the same as here
 os.fsync = lambda fd: None  # no test cuts the power, and a slow disk would take longer than many tests
 
@@ -98,6 +99,13 @@ def no_leaks():
     for thread in left:  # a pool that is shutting down, on a busy machine
         thread.join(10)
     assert not [thread for thread in left if thread.is_alive()]
+
+
+@pytest.fixture
+def one_dnn():
+    """Convolutions as users have them, to the last digit."""
+    with torch.backends.mkldnn.flags(enabled=True):
+        yield
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_a_cut_run_resumes_in_lock_step(digits, tmp_path, cut, stand_in):
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "cut" / "metrics.jsonl").read_text()
 
 
-def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path):
+def test_sigkill_at_any_moment_loses_nothing_finished(tmp_path, one_dnn):
     command = [
         *("train", "--data", "digits", "--model", "lenet5", "--json"),
         *("--defense", "shared-adversarial", "--sharedness", "16", "--batch-size", "64", "--epochs", "4"),
