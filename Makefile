@@ -11,15 +11,18 @@ install = $(if $(TORCH_INDEX),\
   PIP_INDEX_URL=$(TORCH_INDEX) $(PIP) torch torchvision && $(PIP) -e ".[$(1)]",\
   $(PIP) uv && $(BIN)/python -m uv pip install --quiet --python $(BIN)/python --torch-backend auto -e ".[$(1)]" || $(PIP) -e ".[$(1)]")
 
-.PHONY: quickstart test test-full lint docs notebooks picture tables results-check bundle clean
+.PHONY: quickstart test pytest test-full lint docs notebooks picture tables results-check bundle clean
 
 quickstart: $(VENV)/.quickstart   ## find a universal perturbation, harden the model, open report.html
 	$(BIN)/gambeson quickstart --out runs/quickstart
 
 # Compiled once, where the environment forbids it too, not by every worker and every command that a test starts.
-test test-full: export PYTHONDONTWRITEBYTECODE :=
+test pytest test-full: export PYTHONDONTWRITEBYTECODE :=
 
-test: $(VENV)/.dev lint           ## everything that must hold, in minutes
+test: $(VENV)/.dev               ## everything that must hold, in minutes
+	$(MAKE) --jobs 2 lint pytest
+
+pytest: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not full"  # neighbours share a worker and its fixtures
 
 test-full: $(VENV)/.full lint     ## and the slow checks, and what is large to install
