@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gambeson.studies import Study
+from gambeson.studies.verdicts import interval
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -76,6 +78,25 @@ def of_preset(row: str, at: str = "steps") -> tuple[list[str], Rows]:
         told = [_told(found, claim, 1) for found in stored.get(name, [])]
         rows.setdefault(claim["to"]["defense"], []).append("; ".join(told) or "not run")
     return ["beside", "clean accuracy", "eps_uni(0.5)", "attack suite"], [(name, *told) for name, told in rows.items()]
+
+
+def as_shipped() -> tuple[list[str], Rows]:
+    """The preset with its default settings, beside itself and its nearest rival with those that a search chose."""
+    metrics = {"clean.accuracy": (100, 1, " %"), "eps.eps_uni": (1, 3, ""), "suite.accuracy": (100, 1, " %")}
+    rows: Rows = []
+    for study, defense, chosen in (
+        ("gambeson-defaults", "gambeson", "as shipped"),
+        (PRESET, "gambeson", "searched"),
+        (PRESET, "shared-adversarial", "searched"),
+    ):
+        of = [row for row in load(f"{study}.json")["rows"] if (row["defense"], row["at"]) == (defense, "steps")]
+        told = []
+        for metric, (scale, digits, unit) in metrics.items():
+            values = [scale * row["values"][metric]["value"] for row in of]
+            mean, low, high = (f"{one:.{digits}f}" for one in (statistics.fmean(values), *interval(values)))
+            told.append(f"{mean}{unit} [{low}, {high}]")
+        rows.append((f"{defense}, {chosen}", *told))
+    return ["settings", "clean accuracy", "eps_uni(0.5)", "attack suite"], rows
 
 
 def _claims(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
