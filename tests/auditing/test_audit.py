@@ -82,9 +82,13 @@ def test_an_honest_model_is_trusted_and_its_numbers_hang_together(audited, train
     assert all(error < 0.5 for eps, error in tried.items() if eps < result.eps_uni.value)
 
 
-def test_result_file_is_the_result_and_another_seed_gives_another(audited, trained, digits):
+def test_result_file_is_the_result_and_another_seed_gives_another(audited, trained, digits, tmp_path):
     found, folder = audited
     assert AuditResult.load(folder) == found.results
+    broken = found.results.plain() | {"clean": {"value": -1, "low": 0, "high": 1, "n": 9}}
+    (tmp_path / "result.json").write_text(json.dumps(broken))
+    with pytest.raises(UserError, match=r"result\.json is damaged \(.*got -1 \[0, 1\] of 9\): run the audit again"):
+        AuditResult.load(tmp_path)
     first = SUITE.model_copy(update={"eps": SUITE.eps[:1], "eps_uni_runs": 0, "checks": (), "edits": ()})
     other = gb.audit(trained, digits, first.model_copy(update={"eps_adv": False, "jacobian_backwards": 0}), seed=1)
     assert not torch.equal(other.perturbations[0].delta, found.perturbations[0].delta)

@@ -99,6 +99,22 @@ def test_more_time_buys_more_and_less_is_given_up_in_order(digits, trained, monk
     assert chosen[1].jacobian_backwards == 0 < chosen[-2].universal_restarts
 
 
+def test_choosing_again_looks_at_few_suites(digits, trained, monkeypatch):
+    Time(monkeypatch)
+    looked = []
+    monkeypatch.setattr(
+        clock, "parts_of", lambda suite, *rest, **more: looked.append(suite) or parts_of(suite, *rest, **more)
+    )
+    for minutes, most in ((30, 2), (30_000, 5)):  # just enough, and more than enough
+        now = Clock(minutes, trained, digits, SUITES["full"])
+        suite = now.choose()
+        assert len(looked) < 200
+        looked.clear()
+        now.begin(suite, "surrogate")
+        assert 1 <= len(looked) <= most  # before every stage and check
+        looked.clear()
+
+
 def test_too_few_minutes_are_refused_with_the_least(digits, trained, monkeypatch):
     Time(monkeypatch)
     with pytest.raises(UserError, match=r"0.01 minutes is too short: the smallest .* --minutes [\d.]+$") as error:

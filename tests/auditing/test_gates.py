@@ -145,6 +145,18 @@ def test_a_malformed_gate_is_one_sentence(text, words):
     assert "\n" not in str(error.value)
 
 
+def test_of_two_eps_that_lie_close_the_nearest_is_meant(result):
+    near = [point.model_copy(update={"eps": eps}) for point, eps in zip(result.universal, (0.1, 0.1004), strict=False)]
+    close = result.model_copy(update={"universal": near})
+    for text, point in (("0.1", near[0]), ("0.1004", near[1]), ("0.1001", near[0]), ("0.1006", near[1])):
+        (judged,) = judge_gates(parse_gates(f"uer@{text}<=1"), close).gates
+        assert judged.value == point.uer.value
+
+
+def test_a_gate_that_is_given_twice_is_one():
+    assert len(parse_gates(["uer<=0.2, trusted, uer<=0.2", "uer<=0.2"])) == 2
+
+
 def test_spellings_of_one_number_are_one_gate():
     gates = parse_gates(["uer<=0.2, uer <= 20 %", "uer<= 20%,uer<=1/5,uer<=2e-1"])
     assert {(gate.metric, gate.sign, gate.number) for gate in gates} == {("uer", "<=", 0.2)}

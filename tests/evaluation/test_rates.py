@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gambeson import UserError
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import crossing_interval, crossings
 from gambeson.tasks import Counts, Difference
@@ -83,6 +84,14 @@ def test_choices_among_the_chosen_add_up():
     assert Rate.of(0, 0, candidates=2) == Rate.of(0, 0).among(2)
     # Bonferroni at k = 5: the 99 % interval, whose quantile tables give as 2.5758.
     assert Rate.of(0, 100, candidates=5).high == pytest.approx(2.5758**2 / (100 + 2.5758**2), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "numbers", [(-1, 0, 1, 9), (2, 0, 1, 9), (0.5, 0.9, 0.1, 9), (0.5, 0, 1, -5), (0.5, -0.1, 1, 9), (0.5, 0, 1.1, 9)]
+)
+def test_what_is_no_share_is_refused(numbers):
+    with pytest.raises(UserError, match="expected a share of n images and its interval, from 0 to 1; got"):
+        Rate(**dict(zip(("value", "low", "high", "n"), numbers, strict=True)))
 
 
 def curve_of(errors, total):

@@ -61,7 +61,7 @@ class Amounts:
         """Whether labels are maps."""
         return not self.data.test.task.per_image_label
 
-    @property
+    @cached_property
     def pgd(self) -> int:
         """Gradients per image of the suite's PGD."""
         return gradients_of(self.suite.pgd(self.suite.eps[0], of_maps=self.of_maps))
@@ -145,8 +145,8 @@ class Amounts:
         left: Work = {}
         for name in tuple(CHECKS) if self.suite.checks == "all" else self.suite.checks:
             left |= needed(name) if name not in ran else {}
-        for name in ran:
-            left = {work: cost for work, cost in left.items() if work not in needed(name)}
+        for work in [work for name in ran for work in needed(name)]:
+            left.pop(work, None)
         return sum(ahead for ahead, _ in left.values()), sum(back for _, back in left.values())
 
 

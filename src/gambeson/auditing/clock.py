@@ -228,7 +228,8 @@ class Clock:
         """Choose again for a stage that begins and those after it. The settings of this part then stay."""
         if part != CURVE and CURVE in self.rest.done:
             self._keep_eps = True  # the curve is over
-        suite = self._fit(suite)[0]
+        if not 1 - 2 * RESERVE <= self.seconds(suite) / max(self.left, 1e-9) <= 1 - RESERVE:  # else it fits as it is
+            suite = self._fit(suite)[0]
         self.rest.done.add(part)
         return suite
 

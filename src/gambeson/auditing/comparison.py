@@ -14,7 +14,7 @@ from torch import nn
 from gambeson.auditing.audit import Audit, audit
 from gambeson.auditing.context import Outcomes
 from gambeson.auditing.display import doubt_of
-from gambeson.auditing.gates import GateReport, Metric, Reading, judge_gates, parse_gates, same_eps
+from gambeson.auditing.gates import GateReport, Metric, Reading, judge_gates, parse_gates, place_of
 from gambeson.auditing.results import AuditResult, DataInfo, ModelInfo
 from gambeson.auditing.suite import Suite
 from gambeson.base import Config, UserError, as_text, notebook
@@ -328,7 +328,8 @@ def _at_eps(metric: str) -> Any:
         names = [one.name for one in result.changes if one.name.startswith(f"{metric}@")]
         if not eps:
             return _reading(result, names[len(names) // 2 :][:1], metric)
-        return _reading(result, [one for one in names if same_eps(float(one.partition("@")[2]), eps)], metric)
+        place = place_of(eps, [float(name.partition("@")[2]) for name in names])
+        return _reading(result, [] if place is None else [names[place]], metric)
 
     return read
 

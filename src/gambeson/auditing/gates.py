@@ -58,13 +58,16 @@ def _point(result: AuditResult, eps: str) -> Any:
     """Return the perturbation of an eps, or of the middle one, or why there is none."""
     if not eps:
         return result.middle
-    found = next((point for point in result.universal if same_eps(point.eps, eps)), None)
-    return found or _no_eps(eps, [point.eps for point in result.universal])
+    known = [point.eps for point in result.universal]
+    place = place_of(eps, known)
+    return _no_eps(eps, known) if place is None else result.universal[place]
 
 
-def same_eps(one: float, text: str) -> bool:
-    """Whether an eps is meant by a text; three digits, as tables show, are enough."""
-    return math.isclose(one, parse_number(text), rel_tol=5e-3)
+def place_of(text: str, known: Sequence[float]) -> int | None:
+    """Return the place of the eps that a text means, the nearest; three digits, as tables show, are enough."""
+    eps = parse_number(text)
+    place = min(range(len(known)), key=lambda k: abs(known[k] - eps), default=None)
+    return place if place is not None and math.isclose(known[place], eps, rel_tol=5e-3) else None
 
 
 def _no_eps(eps: str, known: Sequence[float]) -> str:
@@ -247,7 +250,7 @@ def parse_gates(text: str | Sequence[str], metrics: Mapping[str, Metric] = METRI
             f"a gate in {some(map(repr, texts)) or 'an empty list'} is empty: expected for example 'uer<=0.2, "
             "clean>=0.9, trusted'"
         )
-    return [_parse(part, metrics) for part in parts]
+    return list(dict.fromkeys(_parse(part, metrics) for part in parts))
 
 
 def _parse(text: str, metrics: Mapping[str, Metric]) -> Gate:
@@ -297,7 +300,7 @@ def _number(gate: str, text: str, highest: float | None, lowest: float) -> float
         raise UserError(f"gate {gate!r}: an eps has no per cent: write 0.1 or 8/255")
     if not (lowest <= number <= (math.inf if highest is None else highest)) or math.isinf(number):
         top = "" if highest is None else f" to {highest:g}"
-        hint = "" if highest is None or not 1 < number <= 100 else f"; {number:g} % is {number / 100:g}"
+        hint = "" if percent or highest is None or not 1 < number <= 100 else f"; {number:g} % is {number / 100:g}"
         raise UserError(f"gate {gate!r}: {text} is no number from {lowest:g}{top}{hint}")
     return number
 
@@ -350,7 +353,7 @@ def refuse_unmeasured(
     named = {_slug(name): reason for name, reason in missing.items()}
     for gate in gates:
         reason = missing.get(METRICS[gate.metric].known, "") or named.get(_slug(f"{gate.metric}:{gate.of}"), "")
-        if METRICS[gate.metric].after == "@" and gate.of and not any(same_eps(one, gate.of) for one in eps):
+        if METRICS[gate.metric].after == "@" and gate.of and place_of(gate.of, eps) is None:
             reason = _no_eps(gate.of, eps)
         if gate.metric == "check" and _slug(gate.of) not in map(_slug, checks):
             reason = str(unknown_name("check", gate.of, checks))

@@ -13,7 +13,7 @@ from gambeson.analysis.certified import CertifiedAccuracy
 from gambeson.auditing import display
 from gambeson.auditing.gates import GateReport, judge_gates, parse_gates
 from gambeson.auditing.jacobian_results import JacobianResult
-from gambeson.base import Config, UserError, notebook, read_json, read_settings, write_json
+from gambeson.base import Config, Label, UserError, notebook, read_json, read_settings, write_json
 from gambeson.base.errors import some
 from gambeson.data import Dataset, Split
 from gambeson.evaluation import Rate
@@ -31,7 +31,7 @@ SCHEMA: Final = "gambeson/audit-4"
 class ModelInfo(Config):
     """The audited model."""
 
-    label: str
+    label: Label
     """Its name in tables, such as ``shared-adversarial``."""
     name: str
     """Its architecture, such as ``lenet``."""
@@ -422,7 +422,10 @@ class AuditResult(notebook.ShownAsTable, Config):
         form = content.get("schema_", "another kind") if isinstance(content, dict) else "another kind"
         if form != SCHEMA:
             raise UserError(f"{folder / 'result.json'} is of {form}, expected {SCHEMA}: run the audit again")
-        result = cls(**content)
+        try:
+            result = cls(**content)
+        except UserError as error:
+            raise UserError(f"{folder / 'result.json'} is damaged ({error}): run the audit again") from None
         if not result.universal:
             raise UserError(f"{folder} holds no universal perturbation: expected at least one eps; run the audit again")
         if lost := [name for name in _OF_ATTACKS if type(result.settings.get(name)) is not int]:

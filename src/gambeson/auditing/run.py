@@ -22,6 +22,7 @@ from gambeson.auditing.stages.black_box import queries_file
 from gambeson.auditing.suite import SUITES, Suite
 from gambeson.base import (
     Config,
+    Label,
     UserError,
     check_run,
     close_run,
@@ -66,14 +67,19 @@ class AuditRun(Config):
     """Name of a data set; None: that of the training run."""
     suite: AuditSuite = SUITES["standard"]
     """The suite's name or its settings, or both, such as ``{name: quick, sample: 50}``."""
-    label: str | None = None
+    label: Label | None = None
     """Name of the model in tables; None: that of its defence, or of its file."""
     seed: int = 0
     device: str = "cpu"
 
 
 def run_audit(
-    run: AuditRun, out: Path, dataset: data_room.Dataset | None = None, *, gates: Sequence[Gate] = ()
+    run: AuditRun,
+    out: Path,
+    dataset: data_room.Dataset | None = None,
+    *,
+    gates: Sequence[Gate] = (),
+    began: float | None = None,
 ) -> Audit:
     """Execute ``run`` in the folder ``out``, or resume it there; a finished one is only loaded.
 
@@ -82,26 +88,28 @@ def run_audit(
         out: the folder of the audit.
         dataset: the data, if already loaded.
         gates: conditions on its numbers, which are refused before it begins where it will not have these.
+        began: the beginning of its time, by :func:`gambeson.auditing.clock.now`; None: now.
 
     Raises:
         UserError: the folder contains another run or the audit of other weights, the model cannot be loaded, the data
             is unknown, a black box's budget is spent, or a gate is about something that is not measured.
     """
-    started, began = now(), check_audit(run, out)  # before anything is loaded: a finished audit needs no queries
-    if began and (done := Audit.finished(out)):
+    began = now() if began is None else began
+    begun = check_audit(run, out)  # before anything is loaded: a finished audit needs no queries
+    if begun and (done := Audit.finished(out)):
         _check_weights(run, out, dataset)
         return done
     left = _left(run, out)
     subject = load_model(run.model, run.data, run.device, dataset, budget=left, http=run.http)
-    if began is None and left is not None:  # report a budget that is too small before creating the folder
+    if begun is None and left is not None:  # report a budget that is too small before creating the folder
         fit_queries(run.suite.on(subject.dataset), subject.dataset, left, 1, keep_eps=bool(run.suite.eps))
     surrogate.check(run.suite, subject.dataset, subject.model)
     certified.check(run.suite.on(subject.dataset), subject.dataset, subject.model)
     _check_gates(gates, run, subject)
     clock = None
     if run.suite.minutes is not None:
-        clock = Clock(run.suite.minutes, subject.model, subject.dataset, run.suite, seed=run.seed, began=started)
-        if began is None:  # likewise
+        clock = Clock(run.suite.minutes, subject.model, subject.dataset, run.suite, seed=run.seed, began=began)
+        if begun is None:  # likewise
             clock.choose()
     open_run(out, run, environment(run.device))
     found = run_stages(

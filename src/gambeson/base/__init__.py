@@ -1,7 +1,7 @@
 """Foundations of every package: errors, validated settings, the registry, seeds, run folders and atomic files."""
 
 from gambeson.base import notebook
-from gambeson.base.config import Config, Number, eps_text
+from gambeson.base.config import Config, Label, Number, eps_text
 from gambeson.base.contents import contents
 from gambeson.base.environment import (
     average,
@@ -48,6 +48,7 @@ from gambeson.base.seeds import derive, generator, seeded
 
 __all__ = [
     "Config",
+    "Label",
     "Number",
     "OutOfSpace",
     "Registered",

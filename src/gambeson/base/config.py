@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Self
 
@@ -48,6 +49,18 @@ def _finite(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_finite), BeforeValidator(parse_number)]
 """A finite float that may be written as text, fractions included: ``8/255``."""
+
+
+def _one_line(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return " ".join("".join(" " if unicodedata.category(one) in _NO_TEXT else one for one in value).split())
+
+
+_NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}
+"""Categories of control characters, of halves of characters, and of line and paragraph separators."""
+Label = Annotated[str, BeforeValidator(_one_line)]
+"""A name for tables, pages and files: one line, of characters that each of them can hold."""
 
 
 class Config(BaseModel):

@@ -56,7 +56,7 @@ KINDS = {
     rb'(name="generator" content="gambeson"|http-equiv="Content-Security-Policy" content="default-src \'none\'; )',
     "SARIF": rb'\{\s+"\$schema": "[^"\n]*",\s+"runs": \[\s+\{\s+"automationDetails": \{\s+"id": "gambeson/',
     "JUnit XML": rb'<\?xml [^>]*\?>\n<testsuites name="gambeson"',
-    "a model card": rb"---\nmodel-index:\n([ -][^\n]*\n)+---\n\n## Adversarial robustness\n.*\nModel: [^\n]*\n\Z",
+    "a model card": rb"---\nmodel-index:\n(([ -][^\n]*)?\n)+---\n\n## Adversarial robustness\n.*\nModel: [^\n]*\n\Z",
     "the CSV of a study": rb"data,model,defense,variant,([a-z]+,)*metric,value,low,high,n,",
     "the Parquet of a study": rb"PAR1(?=.*variant)(?=.*metric)(?=.*censored)",
     "the summary of a study": rb'\{\n  "cells": \d+,\n  "claims": \[.*\n  "study": \{\n',
@@ -119,8 +119,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text atomically, as UTF-8."""
-    write_bytes(path, text.encode())
+    """Write text atomically, as UTF-8; a question mark stands for what that cannot hold."""
+    write_bytes(path, text.encode(errors="replace"))
 
 
 def write_json(path: Path, content: Any) -> None:

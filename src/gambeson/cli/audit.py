@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,6 +80,7 @@ def audit(
 
     Example: `gambeson audit http://localhost:8000/scores --data cifar10 --suite quick --budget 100000`
     """
+    began = monotonic()  # before the imports, which take seconds of --minutes
     from gambeson.auditing import AuditRun, Suite, plan_audit, run_audit
 
     asked = gates.parsed(gate, sarif, junit)
@@ -106,7 +108,7 @@ def audit(
                 console.print(f"note: {note}")
             return
         folder = out or options.folder_beside(run.model, "audit")
-        found = run_audit(run, folder, gates=asked)
+        found = run_audit(run, folder, gates=asked, began=began)
     if not as_json:
         _show(found.results, folder, console)
     reports = gates.evaluate(asked, [folder], [found.results], sarif, junit, console)

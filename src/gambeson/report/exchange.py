@@ -81,8 +81,9 @@ def _labels(audits: Sequence[Finished]) -> list[str]:
 
 
 def slug(name: str) -> str:
-    """Write a name with letters, digits and hyphens alone."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """Write a name with letters, digits and hyphens alone; a hash stands for one that has neither."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return plain or hashlib.sha256(name.encode(errors="replace")).hexdigest()[:8]
 
 
 def _run(audit: Finished, label: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
+from pydantic import model_validator
 
 from gambeson.base import Config, UserError, generator
 
@@ -52,6 +53,13 @@ class Rate(Config):
     """Rates among which this one was chosen on the same images; the interval holds for all of them at once."""
     effective: float | None = None
     """Independent answers that would give the same standard error; None where it is ``n``, one answer per image."""
+
+    @model_validator(mode="after")
+    def _share(self) -> Rate:
+        if not (0 <= self.value <= 1 and 0 <= self.low <= self.high <= 1 and self.n >= 0):
+            interval = f"{self.value:g} [{self.low:g}, {self.high:g}] of {self.n}"
+            raise ValueError(f"expected a share of n images and its interval, from 0 to 1; got {interval}")
+        return self
 
     @classmethod
     def of(cls, hits: int, total: int, *, candidates: int = 1) -> Rate:
