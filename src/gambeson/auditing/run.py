@@ -122,7 +122,7 @@ def run_audit(
 def _check_weights(run: AuditRun, out: Path, dataset: data_room.Dataset | None) -> None:
     """Refuse to take a finished audit for one of weights that have changed since, unless they cannot be loaded now."""
     begun = Checkpoints(out).kept("begun") or {}
-    if "model" not in begun:  # a black box, or an earlier version's
+    if "model" not in begun:  # a black box
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were given when it was audited
