@@ -80,8 +80,6 @@ class Entry:
     """The module around the network; its docstring says what it does."""
     effect: str
     """What a naive evaluation observes, in a few words."""
-    ought: tuple[str, ...] = ()
-    """Diagnostics of which at least one should fail; empty: the audit's attacks should break the model."""
     source: str = ""
     """The defence it imitates and the work that broke it: paper and section, or a public report."""
     settings: tuple[Any, ...] = ()
