@@ -169,19 +169,18 @@ def check_audit(run: AuditRun, out: Path | None) -> bool | None:
     return None if out is None else check_run(out, run)
 
 
-def plan_audit(run: AuditRun, out: Path | None = None, dataset: data_room.Dataset | None = None) -> AuditPlan:
+def plan_audit(run: AuditRun, out: Path | None = None) -> AuditPlan:
     """Estimate the maximum cost of ``run`` from a few images; nothing is written.
 
     Args:
         run: the settings.
         out: the folder that it would be run in, which is checked too.
-        dataset: the data, if already loaded.
 
     Raises:
         UserError: as :func:`run_audit`, or the model is a black box.
     """
     check_audit(run, out)
-    subject = load_model(run.model, run.data, run.device, dataset)
+    subject = load_model(run.model, run.data, run.device)
     if run.suite.minutes is None:
         return plan(subject.model, subject.dataset, run.suite, run.seed)
     clock = Clock(run.suite.minutes, subject.model, subject.dataset, run.suite, seed=run.seed)

@@ -79,7 +79,6 @@ class Model:
     """Everything about one model."""
 
     label: str
-    architecture: str
     hue: str
     trusted: bool
     summary: Summary
@@ -202,7 +201,6 @@ def _model(folder: Folder, index: int, norm: str) -> Model:
     reproduce = f"gambeson audit --config {shlex.quote(folder.path.resolve().name + '/run.yaml')} --out NEW"
     return Model(
         label=folder.label,
-        architecture=result.subject.name,
         hue=charts.hue(index),
         trusted=folder.trusted,
         summary=summary.summary(folder, norm),

@@ -263,9 +263,7 @@ def networks(data: str) -> Networks:
     return networks_on(dataset, data_root(None) / "testbed" / data, eps=material.eps, epochs=material.epochs)
 
 
-def networks_on(
-    data: Dataset, folder: Path | None = None, *, eps: float = 0.2, epochs: int = 6, lr: float = 0.05
-) -> Networks:
+def networks_on(data: Dataset, folder: Path | None = None, *, eps: float = 0.2, epochs: int = 6) -> Networks:
     """Return networks of :data:`DATASETS` on any data, each trained on first use.
 
     Args:
@@ -274,7 +272,6 @@ def networks_on(
             of torch are replaced.
         eps: radius of adversarial training.
         epochs: of training; batches of 64.
-        lr: learning rate.
     """
 
     @cache
@@ -286,7 +283,7 @@ def networks_on(
             net = recipe.build(data, defense)
         rounds = round(epochs * recipe.epochs)
         own = Dataset(data.name, data.test, data.validation, data.test, data.classes) if recipe.on_test else data
-        settings: dict[str, Any] = {"lr": lr, "batch_size": 64} | recipe.settings
+        settings: dict[str, Any] = {"lr": 0.05, "batch_size": 64} | recipe.settings
         made_of = {
             "build": recipe.build.__name__,
             "defense": {"name": type(defense).__name__, **defense.plain()},
