@@ -118,17 +118,13 @@ class _Walk:
             there = (gradient * (perturb(self.x, _row(middle, at) * way) - self.x)).flatten(1).sum(1) >= needed
             low, high = torch.where(there, low, middle), torch.where(there, middle, high)
         found, missing = at.clone(), torch.ones_like(self.fallen)
-        most = _AWAY * self._length(at)
+        most = _AWAY * self.ball.length(at - self.x)
         for factor in _BEYOND:
             tried = perturb(self.x, _row(factor * high, at) * way)
-            new = missing & (self._length(tried) <= most) & self._wrong(tried)
+            new = missing & (self.ball.length(tried - self.x) <= most) & self._wrong(tried)
             found[new] = tried[new]
             missing &= ~new
         return found
-
-    def _length(self, at: torch.Tensor) -> torch.Tensor:
-        """Return how far images (N, C, H, W) are from the attacked ones, (N,), in the ball's norm."""
-        return torch.linalg.vector_norm((at - self.x).flatten(1), ord=float(self.ball.norm), dim=1)
 
 
 def _row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
