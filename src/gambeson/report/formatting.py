@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gambeson.base import duration, eps_text
+from gambeson.base import count, duration, eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import Cost, SmallestEps
 from gambeson.report.loading import Folder
@@ -41,11 +41,6 @@ def decimal(eps: float) -> str:
 def meaning_of_eps(norm: str) -> str:
     """Say what eps measures."""
     return "largest change of a pixel" if norm == "inf" else "Euclidean length of the pattern"
-
-
-def count(number: int, noun: str) -> str:
-    """Write a number with its noun: ``1 model``, ``2,000 images``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def bound(found: SmallestEps) -> tuple[str, ...]:
