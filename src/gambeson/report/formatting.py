@@ -34,7 +34,7 @@ def interval(rate: Rate | Difference) -> str:
 
 
 def decimal(eps: float) -> str:
-    """Write eps as a decimal if :func:`gambeson.threat.eps_text` does not; else empty."""
+    """Write eps as a decimal if :func:`gambeson.base.eps_text` does not; else empty."""
     return "" if eps_text(eps) == (plain := f"{eps:.4g}") else plain
 
 
