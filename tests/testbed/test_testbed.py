@@ -11,7 +11,7 @@ from gambeson.attacks import PGD
 from gambeson.base import seeded
 from gambeson.testbed import truth as truths
 from gambeson.testbed.entry import Entry, Networks
-from gambeson.testbed.recipes import DATA, DATASETS, HONEST, networks, networks_on
+from gambeson.testbed.recipes import DATA, HONEST, NETWORKS, networks, networks_on
 from gambeson.testbed.suspicious import SUSPICIOUS
 from gambeson.testbed.truth import Mean, StraightThrough, measure, nearest_other_classes, sources_of
 
@@ -241,7 +241,7 @@ def measure_of(entry, nets):
 
 
 def test_every_network_says_what_it_is():
-    assert all(recipe.about.endswith(".") for recipe in DATASETS.values())
+    assert all(recipe.about.endswith(".") for recipe in NETWORKS.values())
 
 
 LATER = [name for name, entry in ENTRIES.items() if entry.library != "first" and not entry.honest]
