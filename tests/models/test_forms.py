@@ -189,7 +189,8 @@ def test_half_precision_models_are_attacked_as_they_are_and_not_trained(kind, pl
     for images in (x, x.to(kind)):
         moved = ATTACKS["pgd"](model, images, y)
         assert moved.dtype == images.dtype
-        assert abs(accuracy(model, moved) - accuracy(plain, ATTACKS["pgd"](plain, x, y))) <= 10  # of 96, all right before
+        # Of 96, all right before.
+        assert abs(accuracy(model, moved) - accuracy(plain, ATTACKS["pgd"](plain, x, y))) <= 10
         assert float((moved - images).abs().max()) <= EPS + torch.finfo(moved.dtype).eps
     with Victim(model) as victim:
         assert victim.forward_original(x).dtype == torch.float32
