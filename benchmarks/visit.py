@@ -173,8 +173,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def dataset(visit: Visit) -> Dataset:
     """The data, complete or as far as available."""
-    recipe = DATASETS.get(visit.data)
-    return load_available(visit.data) if recipe is not None and recipe.source[1] else load(visit.data)
+    spec = DATASETS.get(visit.data)
+    return load_available(visit.data) if spec is not None and spec.source[1] else load(visit.data)
 
 
 def wait() -> None:

@@ -3,6 +3,7 @@
 import ast
 import functools
 import io
+import pkgutil
 import re
 import tokenize
 from collections.abc import Iterator
@@ -216,6 +217,19 @@ def test_ranges_are_checked_in_one_place():
         text = file.read_text()
         assert not re.search(r"def (check_|_check_range|clip)", text), file
         assert file.name == "solver.py" or "def project" not in text, file  # it asks the ball, for ball and box
+
+
+def test_what_docstrings_refer_to_is_there():
+    role, seen, missing = re.compile(r":(?:func|class|data|mod|meth):`~?(gambeson\.[\w.]+)`"), 0, []
+    for file in SOURCE.rglob("*.py"):
+        for name in role.findall(file.read_text()):
+            seen += 1
+            try:
+                pkgutil.resolve_name(name)
+            except (AttributeError, ImportError):
+                missing.append((file.relative_to(SOURCE).as_posix(), name))
+    assert seen > 100
+    assert not missing
 
 
 def test_files_can_be_read_at_a_sitting():

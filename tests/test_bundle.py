@@ -80,12 +80,12 @@ def stored(tmp_path_factory):
     """Something of CIFAR-10's shape, brighter from class to class: stored where the prepared set would be."""
     root = tmp_path_factory.mktemp("root")
     draw = torch.Generator().manual_seed(0)
-    recipe = DATASETS["cifar10"]
+    spec = DATASETS["cifar10"]
     tensors = {}
-    for part, count in zip(("train", "test"), recipe.source, strict=True):
-        tensors[f"{part}_images"] = torch.zeros((count, *recipe.shape), dtype=torch.uint8)
+    for part, count in zip(("train", "test"), spec.source, strict=True):
+        tensors[f"{part}_images"] = torch.zeros((count, *spec.shape), dtype=torch.uint8)
         tensors[f"{part}_labels"] = labels = torch.arange(count) % 10
-        noise = torch.randint(0, 60, (400, *recipe.shape), generator=draw)
+        noise = torch.randint(0, 60, (400, *spec.shape), generator=draw)
         tensors[f"{part}_images"][:400] = (noise + 20 * labels[:400].view(-1, 1, 1, 1)).to(torch.uint8)
     save_tensors(stored_file("cifar10", root), tensors, {"name": "cifar10", "source": "made", "classes": None})
     return root, tensors

@@ -5,7 +5,7 @@ import random
 import pytest
 
 import gambeson as gb
-from gambeson.auditing import DIAGNOSTICS, Suite
+from gambeson.auditing import Suite
 from gambeson.base import seeded
 from gambeson.testbed.judgement import broken, judgement_of
 
@@ -90,9 +90,3 @@ def test_every_other_honest_model_is_trusted(name, source, digits):
     with seeded(0, "audit", name):
         found = gb.audit(HONEST[name].build(source), digits, SUITE)
     assert found.verdict.trusted, found.verdict.reasons
-
-
-def test_what_ought_to_see_an_obfuscated_model_exists():
-    known = {diagnostic.name for diagnostic in DIAGNOSTICS}
-    for entry in OBFUSCATED.values():
-        assert set(entry.ought) <= known, entry.name

@@ -10,7 +10,7 @@ from gambeson import UserError
 from gambeson.attacks import UniversalPerturbation
 from gambeson.auditing import Suite
 from gambeson.auditing.budget import TEST_IMAGES, fit_queries, omitted
-from gambeson.auditing.cost import images_asked
+from gambeson.auditing.cost import most_images
 from gambeson.auditing.results import AuditResult, Surrogate
 from gambeson.auditing.stages import black_box, surrogate
 from gambeson.evaluation import FunctionModel
@@ -65,7 +65,7 @@ def test_a_box_is_audited_without_a_gradient(audited, trained, digits):
         best = max(point.restarts, key=lambda one: one.validation_uer)
         assert stored.about.attack in (best.start, point.attack)
         assert {one.start for one in point.restarts} >= {"perlin-noise", "gabor-noise"}
-    assert box.asked <= images_asked(SUITE, digits, 1) + 40
+    assert box.asked <= most_images(SUITE, digits, 1) + 40
     assert json.loads(black_box.queries_file(folder).read_text()) == {"images": box.asked}
 
 
@@ -98,20 +98,20 @@ def test_what_is_crafted_on_a_surrogate_is_tried_beside_noise(tmp_path, monkeypa
     assert result.eps_uni.censored == (tried[0.02] < 0.5)
 
 
-@pytest.mark.parametrize("passes", [1, 21])
-def test_a_smaller_budget_makes_a_smaller_audit(digits, passes):
+@pytest.mark.parametrize("votes", [1, 21])
+def test_a_smaller_budget_makes_a_smaller_audit(digits, votes):
     asked = gb.auditing.SUITES["standard"].on(digits)
-    before = fit_queries(asked, digits, None, passes)
+    before = fit_queries(asked, digits, None, votes)
     assert omitted(asked, before.suite) == []
     assert before.suite.test_images is None
     assert before.notes == []
     for room in (5_000_000, 500_000, 200_000, 100_000, 50_000, 20_000, 10_000):
-        room *= passes
-        plan = fit_queries(asked.model_copy(update={"budget": room}), digits, room, passes)
-        assert plan.images == images_asked(plan.suite, digits, passes) <= 0.9 * room
+        room *= votes
+        plan = fit_queries(asked.model_copy(update={"budget": room}), digits, room, votes)
+        assert plan.images == most_images(plan.suite, digits, votes) <= 0.9 * room
         assert plan.images <= before.images
         assert plan.images > 0.85 * room or not plan.notes  # what is left goes to the universal search
-        assert (plan.images < images_asked(asked, digits, passes)) == bool(plan.notes)
+        assert (plan.images < most_images(asked, digits, votes)) == bool(plan.notes)
         before = plan
     left_out = ["4 of the 5 eps", "the search of eps_uni", "Square", "edits"]
     assert [name for name in omitted(asked, plan.suite) if name != "Square"] == [
@@ -122,7 +122,7 @@ def test_a_smaller_budget_makes_a_smaller_audit(digits, passes):
     with pytest.raises(
         UserError, match=r"room for 500 images is too small: the smallest audit of \d eps asks about \d"
     ):
-        fit_queries(asked, digits, 500, passes)
+        fit_queries(asked, digits, 500, votes)
 
 
 def test_many_test_images_are_not_all_asked_about():
@@ -159,7 +159,7 @@ def test_a_budget_is_never_exceeded(trained, digits, tmp_path, budget, waste):
     assert box.seen == box.asked <= budget
     assert json.loads(black_box.queries_file(tmp_path).read_text())["images"] == box.asked
     smaller = any(f"The budget of {budget} images made the audit smaller" in note for note in result.notes)
-    assert smaller == (images_asked(SUITE, digits, 1) > 0.9 * budget - 40)
+    assert smaller == (most_images(SUITE, digits, 1) > 0.9 * budget - 40)
     left_out = [note for note in result.notes if "was left out: " in note]
     assert bool(left_out) == bool(waste)
     first = result.verdict.summary.split(". ")[0]
@@ -240,5 +240,5 @@ def test_a_random_box_has_no_answers_to_be_known_by(trained, digits, tmp_path):
     box = FunctionModel(lambda x: trained(x) + 0.5 * torch.randn(len(x), 10))
     result = gb.audit(box, digits, suite, tmp_path).results
     assert result.subject.random
-    assert box.asked <= images_asked(suite, digits, 21) + 40
+    assert box.asked <= most_images(suite, digits, 21) + 40
     assert not (tmp_path / "surrogate.safetensors").exists()

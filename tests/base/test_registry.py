@@ -234,7 +234,7 @@ def test_names_are_in_alphabetical_order_and_every_one_can_be_built():
     assert len(gb.attacks.names("universal")) >= 8
     assert gb.defenses.names() == sorted(gb.defenses.names())
     for name in gb.defenses.names():
-        settings = {"eps": 0.1} if gb.defenses.needs_eps(name) else {}
+        settings = {"eps": 0.1} if gb.defenses.entry(name).needs("eps") else {}
         assert gb.defenses.name_of(gb.defenses.create(name, **settings)) == name
 
 

@@ -241,7 +241,7 @@ def test_the_advice_for_a_truncated_file_works(nowhere, capsys):
 
 def test_an_eps_that_was_named_is_kept_or_refused():
     from gambeson.auditing.budget import fit_queries as fit
-    from gambeson.auditing.cost import images_asked
+    from gambeson.auditing.cost import most_images
     from gambeson.auditing.suite import Suite
 
     data = gb.data.load("digits")
@@ -250,7 +250,7 @@ def test_an_eps_that_was_named_is_kept_or_refused():
     with pytest.raises(gb.UserError, match=r"the smallest audit of 3 eps asks about \d+; .* or fewer --eps"):
         fit(suite, data, least, 1, keep_eps=True)
     dropped = fit(suite, data, 2 * least, 1)
-    assert len(dropped.suite.eps) < 3 or images_asked(dropped.suite, data, 1) <= 2 * least
+    assert len(dropped.suite.eps) < 3 or most_images(dropped.suite, data, 1) <= 2 * least
 
 
 def _plans(fit, suite, data):

@@ -67,13 +67,13 @@ def test_ways_are_tried_in_order_and_the_result_is_kept(tmp_path: Path) -> None:
         calls.append(root)
         return tiny_content()
 
-    recipe = tiny(Way("first", failing("no luck")), Way("second", second), Way("third", failing("never asked")))
+    spec = tiny(Way("first", failing("no luck")), Way("second", second), Way("third", failing("never asked")))
     for _ in range(2):
-        tensors, about = prepare(recipe, tmp_path)
+        tensors, about = prepare(spec, tmp_path)
         assert about["source"] == "second"
     assert calls == [tmp_path]
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.safetensors"]
-    result = build(recipe, tensors, about)
+    result = build(spec, tensors, about)
     assert [len(s) for s in (result.train, result.validation, result.test)] == [30, 10, 20]
     assert result.validation.labels.bincount().tolist() == [1] * 10
     ids = torch.cat([result.train.images, result.validation.images])[:, 0, 0, 0]
@@ -84,20 +84,20 @@ def test_ways_are_tried_in_order_and_the_result_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"<html>", None])
 def test_a_damaged_file_is_prepared_again(tmp_path: Path, damage: bytes | None) -> None:
-    recipe = tiny(Way("way", lambda root: tiny_content()))
-    prepare(recipe, tmp_path)
+    spec = tiny(Way("way", lambda root: tiny_content()))
+    prepare(spec, tmp_path)
     file = tmp_path / "tiny.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-100] if damage is None else damage)
-    prepare(recipe, tmp_path)
+    prepare(spec, tmp_path)
     assert file.read_bytes() == whole
 
 
 def test_all_ways_failing_lists_each(tmp_path: Path) -> None:
     short = Content({name: tensor[:7] for name, tensor in tiny_content().tensors.items()})
-    recipe = tiny(Way("disk", failing("not there")), Way("server", failing("no route")), Way("npm", lambda root: short))
+    spec = tiny(Way("disk", failing("not there")), Way("server", failing("no route")), Way("npm", lambda root: short))
     with pytest.raises(UserError) as caught:
-        prepare(recipe, tmp_path)
+        prepare(spec, tmp_path)
     text = str(caught.value)
     assert "(1) disk: not there; (2) server: no route; (3) npm: train_images are torch.uint8 of (7, 1, 28, 28)" in text
     assert "expected uint8 of (40, 1, 28, 28)" in text
@@ -128,9 +128,9 @@ def test_two_gets_at_once(tmp_path: Path) -> None:
         both.wait(20)  # both have found nothing on disk
         return tiny_content()
 
-    recipe = tiny(Way("way", meet))
+    spec = tiny(Way("way", meet))
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda _: prepare(recipe, tmp_path)[0], range(2)))
+        results = list(pool.map(lambda _: prepare(spec, tmp_path)[0], range(2)))
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.safetensors"]
     stored, _ = load_tensors(tmp_path / "tiny.safetensors")
     assert all(torch.equal(stored[key], result[key]) for result in results for key in stored)
@@ -312,10 +312,10 @@ def test_catalog_agrees_with_the_recipes(tmp_path: Path) -> None:
 
 def real(name: str, root: Path, *tries: str) -> dict[str, torch.Tensor]:
     """Prepare a real set by the ways whose names start so, or skip where none is there."""
-    recipe = DATASETS[name]
-    chosen = tuple(way for way in recipe.ways if way.name.startswith(tries))
+    spec = DATASETS[name]
+    chosen = tuple(way for way in spec.ways if way.name.startswith(tries))
     try:
-        prepare(replace(recipe, ways=chosen), root)
+        prepare(replace(spec, ways=chosen), root)
     except UserError as error:
         if any(words in str(error) for words in ("with sha256", "expected uint8", "header")):
             raise
@@ -389,8 +389,8 @@ def test_slices_of_the_brain_are_apart_and_upright(tmp_path: Path, monkeypatch: 
         sources.brain_content(files.__getitem__)
     sums = {kind: hashlib.sha256(blob).hexdigest() for kind, blob in zip(sources.BRAIN, files.values(), strict=True)}
     monkeypatch.setattr(sources, "BRAIN", sums)
-    recipe = replace(DATASETS["brain"], ways=(Way("here", lambda _: sources.brain_content(files.__getitem__)),))
-    brain = build(recipe, *prepare(recipe, tmp_path))
+    spec = replace(DATASETS["brain"], ways=(Way("here", lambda _: sources.brain_content(files.__getitem__)),))
+    brain = build(spec, *prepare(spec, tmp_path))
     splits = (brain.train, brain.validation, brain.test)
     assert [len(split) for split in splits] == [54, 18, 24]
     numbers = [set(split.images[:, 0, 100, 100].tolist()) for split in splits]

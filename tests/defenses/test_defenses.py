@@ -357,7 +357,7 @@ OURS = {
 
 @pytest.mark.parametrize(("name", "values"), [*PUBLISHED.items(), *OURS.items()])
 def test_defaults_are_those_of_the_paper_or_its_code_and_ours_do_not_drift(name, values):
-    given = {"eps": 0.1} if gb.defenses.needs_eps(name) else {}
+    given = {"eps": 0.1} if gb.defenses.entry(name).needs("eps") else {}
     settings = gb.defenses.create(name, **given).plain()
     assert {key: settings[key] for key in values} == pytest.approx(values)
 

@@ -176,7 +176,11 @@ def test_the_summary_names_what_is_clearly_worse(found):
 
 def history(accuracies, pgd=()):
     looks = [{"validation_uer": 0.1, "validation_pgd_accuracy": value} for value in pgd]
-    return [{"validation_accuracy": a, **look} for a, look in zip(accuracies, looks or [{}] * 9, strict=False)]
+    by_class = [
+        {"validation_accuracy": a, "validation_balanced_accuracy": a, "validation_balanced_chance": 0.13}
+        for a in accuracies
+    ]
+    return [entry | look for entry, look in zip(by_class, looks or [{}] * 9, strict=False)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 
@@ -9,7 +10,7 @@ import gambeson as gb
 from gambeson.base import UserError
 from gambeson.data import load as load_dataset
 from gambeson.defenses import create
-from gambeson.studies import Matrix, run_study, trainings, trials
+from gambeson.studies import Matrix, run_study, trainings
 from gambeson.studies.trials import Range, propose
 from gambeson.training import Recipe, TrainRun
 from gambeson.training.loop import DivergedError
@@ -206,6 +207,6 @@ def test_a_wrong_space_is_one_sentence(search, defense, words):
 
 
 def test_without_optuna_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(trials.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'gambeson\[search\]'"):
         propose(SPACE, {}, [], 0)

@@ -11,7 +11,7 @@ from gambeson.attacks import PGD
 from gambeson.base import seeded
 from gambeson.testbed import truth as truths
 from gambeson.testbed.entry import Entry, Networks
-from gambeson.testbed.recipes import DATA, DATASETS, HONEST, networks, networks_on
+from gambeson.testbed.recipes import DATA, HONEST, NETWORKS, networks, networks_on
 from gambeson.testbed.suspicious import SUSPICIOUS
 from gambeson.testbed.truth import Mean, StraightThrough, measure, nearest_other_classes, sources_of
 
@@ -241,7 +241,7 @@ def measure_of(entry, nets):
 
 
 def test_every_network_says_what_it_is():
-    assert all(recipe.about.endswith(".") for recipe in DATASETS.values())
+    assert all(recipe.about.endswith(".") for recipe in NETWORKS.values())
 
 
 LATER = [name for name, entry in ENTRIES.items() if entry.library != "first" and not entry.honest]
@@ -285,7 +285,7 @@ def test_the_later_libraries():
         entries = [entry for entry in ENTRIES.values() if entry.library == library]
         assert sum(entry.honest for entry in entries) == honest
         assert len(entries) - honest >= 16
-        assert not any(entry.ought or entry.held_out for entry in entries)
+        assert not any(entry.held_out for entry in entries)
     assert len(LATER_FAST) == len(set(LATER_FAST) & set(LATER))
 
 

@@ -75,11 +75,6 @@ def test_of_ten_classes_chance_is_two_errors_above_a_tenth():
         assert bool(found) != learnt
 
 
-def test_an_entry_without_the_mean_over_classes_is_compared_with_the_most_frequent_class(digits):
-    for accuracy, learnt in ((0.12, False), (0.2, True)):
-        assert bool(chance_level({"validation_accuracy": accuracy}, digits.validation)) != learnt
-
-
 def test_an_epoch_at_chance_is_taken_only_where_all_are():
     constant, good = judged(*rare(18, 2, 0))[1], judged(*rare(18, 2, 2, 2))[1]
     still = {"validation_uer": 0.1, "validation_pgd_accuracy": 0.9}

@@ -43,7 +43,7 @@ def maps(data):
 def defenses():
     for name in gb.defenses.names():
         if name not in RANDOM:
-            eps = {"eps": 0.1} if gb.defenses.needs_eps(name) else {}
+            eps = {"eps": 0.1} if gb.defenses.entry(name).needs("eps") else {}
             yield name, gb.defenses.create(name, **eps, **MORE.get(name, {}))
 
 

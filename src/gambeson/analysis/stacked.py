@@ -232,10 +232,6 @@ class StackedNorm:
     p: float
     q: float
 
-    def effect_bound(self, length: float) -> float:
-        """Return P3, the bound of sum_i ||J_i delta||_q^q for ||delta||_p = ``length``."""
-        return (self.bound * length) ** self.q
-
 
 def stacked_norm(
     model: Source, data: Any, *, p: float = math.inf, q: float = 2.0, starts: int = 3, steps: int = 20, seed: int = 0

@@ -12,8 +12,9 @@ from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, perturb
 from gambeson.victim import Victim
 
-_HALVINGS, _ROUNDS = 6, 8
-"""Halvings of a line, and normals that are followed from one start (ours)."""
+_STARTS, _HALVINGS, _ROUNDS = 2, 6, 8
+"""Nearest images of other classes to start from, one after the other; halvings of a line, and normals that are followed
+from one start (ours)."""
 _BEYOND = (1.05, 1.3, 1.8)
 """How far beyond the tangent a point is looked for that is answered wrongly, as factors (ours)."""
 _AWAY = 1.2
@@ -32,11 +33,10 @@ class BoundaryGradient:
     Args:
         ball: of allowed perturbations.
         known: images with one label each, from the train split.
-        starts: nearest images of other classes to start from, one after the other.
     """
 
-    def __init__(self, ball: Ball, known: Split, starts: int = 2) -> None:
-        self.ball, self.known, self.starts = ball, known, starts
+    def __init__(self, ball: Ball, known: Split) -> None:
+        self.ball, self.known = ball, known
 
     def __call__(
         self, model: Victim, x: torch.Tensor, y: torch.Tensor, *, seed: int = 0, task: Task | None = None
@@ -50,7 +50,7 @@ class BoundaryGradient:
             seed: nothing is drawn.
             task: what the labels mean; an image whose label does not count stays.
         """
-        images, nearest = nearest_others(self.known, x, y, self.starts)
+        images, nearest = nearest_others(self.known, x, y, _STARTS)
         moved = x.clone()
         for part in torch.arange(len(x), device=x.device).split(at_once(self.known)):
             left = part
@@ -118,17 +118,13 @@ class _Walk:
             there = (gradient * (perturb(self.x, _row(middle, at) * way) - self.x)).flatten(1).sum(1) >= needed
             low, high = torch.where(there, low, middle), torch.where(there, middle, high)
         found, missing = at.clone(), torch.ones_like(self.fallen)
-        most = _AWAY * self._length(at)
+        most = _AWAY * self.ball.length(at - self.x)
         for factor in _BEYOND:
             tried = perturb(self.x, _row(factor * high, at) * way)
-            new = missing & (self._length(tried) <= most) & self._wrong(tried)
+            new = missing & (self.ball.length(tried - self.x) <= most) & self._wrong(tried)
             found[new] = tried[new]
             missing &= ~new
         return found
-
-    def _length(self, at: torch.Tensor) -> torch.Tensor:
-        """Return how far images (N, C, H, W) are from the attacked ones, (N,), in the ball's norm."""
-        return torch.linalg.vector_norm((at - self.x).flatten(1), ord=float(self.ball.norm), dim=1)
 
 
 def _row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from gambeson.auditing.amounts import CHECKS
-from gambeson.auditing.cost import RUNS, TRIALS, images_asked
+from gambeson.auditing.cost import RUNS, TRIALS, most_images
 from gambeson.auditing.suite import Suite, middle_of
 from gambeson.base import Config, UserError
 from gambeson.data import Dataset
@@ -251,7 +251,7 @@ def fit_queries(
     suite: Suite,
     data: Dataset,
     room: int | None,
-    passes: int,
+    votes: int,
     *,
     keep_eps: bool = False,
 ) -> BudgetPlan:
@@ -261,7 +261,7 @@ def fit_queries(
         suite: the requested suite, with its grid of eps.
         data: the data.
         room: remaining budget in images; None: unlimited.
-        passes: see :func:`images_asked`.
+        votes: see :func:`gambeson.auditing.cost.asked_parts`.
         keep_eps: whether every eps stays, because the user named them.
 
     Raises:
@@ -278,17 +278,17 @@ def fit_queries(
         suite = suite.model_copy(update={"eps_uni_runs": RUNS})
     asked = suite
     if room is not None:
-        queries = Budget(lambda one: images_asked(one, data, passes), room)
+        queries = Budget(lambda one: most_images(one, data, votes), room)
         suite, fits = fit(asked, data, [queries], QUERY_LADDER, fixed=["eps"] if keep_eps else [])
         if not fits:
-            least = int(images_asked(suite, data, passes) / (1 - RESERVE)) + 1
+            least = int(most_images(suite, data, votes) / (1 - RESERVE)) + 1
             raise UserError(
                 f"a budget with room for {room} images is too small: the smallest audit of {len(suite.eps)} eps asks "
                 f"about {least}; give a larger --budget{' or fewer --eps' if keep_eps and len(suite.eps) > 1 else ''}"
             )
     if suite != asked:
         notes.append(f"The budget of {asked.budget} images made the audit smaller: {changes(asked, suite)}.")
-    return BudgetPlan(suite=suite, notes=notes, images=images_asked(suite, data, passes))
+    return BudgetPlan(suite=suite, notes=notes, images=most_images(suite, data, votes))
 
 
 def omitted(asked: Suite, suite: Suite) -> list[str]:

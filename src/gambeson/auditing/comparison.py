@@ -205,9 +205,9 @@ def _check_pair(first: AuditResult, second: AuditResult) -> None:
         )
 
 
-def _short(value: object, most: int = 40) -> str:
+def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= most else f"{text[:most]} ..."
+    return text if len(text) <= 40 else f"{text[:40]} ..."
 
 
 def _rates(result: AuditResult) -> dict[str, Rate]:

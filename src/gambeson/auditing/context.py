@@ -71,8 +71,6 @@ class Checkpoints:
         """Reads what the model was asked so far, by this process."""
         self.asked = Cost()
         """What the stages of this process asked of it."""
-        self.uncounted: list[str] = []
-        """Stages whose stored results do not say what they asked, as those of earlier versions."""
 
     @property
     def cost(self) -> Cost:
@@ -106,8 +104,6 @@ class Checkpoints:
         """
         form: TypeAdapter[ResultT] = TypeAdapter(kind)
         if self.has(name):
-            if name not in self._done.get("costs", {}):
-                self.uncounted.append(name)
             return form.validate_python(self._done[name])
         began, before = time.perf_counter(), self.meter()
         with seeded(self._seed, "stage", name):
@@ -150,11 +146,8 @@ class Checkpoints:
             return instead
 
     def notes(self) -> list[str]:
-        """Say in a sentence each what was left out, and what the cost lacks."""
-        found = [f"{name} was left out: {why}." for name, why in self.left_out.items()]
-        if self.uncounted:
-            found.append(f"The cost lacks {', '.join(self.uncounted)}: what was asked for them was not stored.")
-        return found
+        """Say in a sentence each what was left out."""
+        return [f"{name} was left out: {why}." for name, why in self.left_out.items()]
 
     def _whole(self, stored: Any) -> bool:
         file = stored.get("file") if isinstance(stored, dict) else None

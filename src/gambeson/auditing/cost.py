@@ -156,13 +156,13 @@ def _seconds(work: Callable[[torch.Tensor], None], images: torch.Tensor, device:
     return statistics.median(times)
 
 
-def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
+def asked_parts(suite: Suite, data: Dataset, votes: int) -> tuple[Part, ...]:
     """Return upper bounds of the images queried by each stage of the audit of a black box.
 
     Args:
         suite: its settings.
         data: the data.
-        passes: queries per scored image of a random black box.
+        votes: queries per scored image of a random black box.
     """
     test = min(suite.test_images or len(data.test), len(data.test))
     few, held = min(suite.pattern_images, len(data.train)), min(suite.pattern_images, len(data.validation))
@@ -174,17 +174,17 @@ def asked_parts(suite: Suite, data: Dataset, passes: int) -> tuple[Part, ...]:
     search += 24 * test if runs else 0  # the error curve near eps_uni
     transferred = min(suite.transfer_images, test) if suite.surrogate != "none" else 0
     checked = 2 * test + 23 * sample + 600
-    checked += 0 if passes == 1 else 2 * sample  # of a random box: votes that choose the worst candidates
+    checked += 0 if votes == 1 else 2 * sample  # of a random box: votes that choose the worst candidates
     asked = {
-        "start": passes * test + 20,
-        "universal curve": passes * len(suite.eps) * (craft + controls * test),
+        "start": votes * test + 20,
+        "universal curve": votes * len(suite.eps) * (craft + controls * test),
         "per image": sample * (suite.queries + 1),
-        "eps_uni": passes * search,
-        "transfer": passes * (test + 2 * transferred) if transferred else 0,
-        "noise": passes * len(NOISES) * len(suite.noise_sizes) * test,
-        "edits": passes * _edited(suite, test),
-        "classes": passes * 2 * test * (len(data.classes) == 2),
-        "diagnostics": passes * checked,
+        "eps_uni": votes * search,
+        "transfer": votes * (test + 2 * transferred) if transferred else 0,
+        "noise": votes * len(NOISES) * len(suite.noise_sizes) * test,
+        "edits": votes * _edited(suite, test),
+        "classes": votes * 2 * test * (len(data.classes) == 2),
+        "diagnostics": votes * checked,
     }
     lent = _lent(suite, data)
     asked |= {"surrogate": 0} if lent else {}
@@ -204,9 +204,9 @@ def _class_wise(suite: Suite) -> int:
     return suite.class_wise * attack.restarts * attack.steps * attack.batch_size
 
 
-def images_asked(suite: Suite, data: Dataset, passes: int) -> int:
+def most_images(suite: Suite, data: Dataset, votes: int) -> int:
     """Return an upper bound of the images queried by the audit of a black box; see :func:`asked_parts`."""
-    return sum(part.forwards for part in asked_parts(suite, data, passes))
+    return sum(part.forwards for part in asked_parts(suite, data, votes))
 
 
 def _lent(suite: Suite, data: Dataset) -> dict[str, int]:

@@ -10,6 +10,9 @@ from gambeson.tasks import CLASSIFICATION, Task
 from gambeson.threat import Ball, perturb
 from gambeson.victim import Victim
 
+_TRIES = 20
+"""Nearest images, and queries per image (ours)."""
+
 
 def nearest_others(known: Split, x: torch.Tensor, y: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the images of a split (K, C, H, W), and the indices (N, count) of those of other classes nearest to each.
@@ -36,11 +39,10 @@ class NearestClass:
     Args:
         ball: of allowed perturbations.
         known: images with one label each, from the train split.
-        tries: number of nearest images, and of queries per image.
     """
 
-    def __init__(self, ball: Ball, known: Split, tries: int = 20) -> None:
-        self.ball, self.known, self.tries = ball, known, tries
+    def __init__(self, ball: Ball, known: Split) -> None:
+        self.ball, self.known = ball, known
 
     @torch.no_grad()
     def __call__(
@@ -55,7 +57,7 @@ class NearestClass:
             seed: nothing is drawn.
             task: what the labels mean; the loss of an image whose label does not count is zero, so that it stays.
         """
-        images, order = nearest_others(self.known, x, y, self.tries)
+        images, order = nearest_others(self.known, x, y, _TRIES)
         loss, kept = Loss(kind="margin"), x.clone()
         best = torch.full((len(x),), -torch.inf, device=x.device)
         for nearest in order.T:

@@ -34,8 +34,8 @@ more fall to every step and every start that an attack is given."""
 class PairedDifference:
     """Difference of the shares that two attacks on the same images break: of images, or of each map's pixels.
 
-    Each end of the interval holds with probability 1 - ``level``. Of one answer per image, the lower end is above 0
-    exactly where the sign test of the images that only one of the two breaks rejects (exact McNemar test).
+    Each end of the interval holds with probability 1 - ``level`` of :meth:`of`. Of one answer per image, the lower end
+    is above 0 exactly where the sign test of the images that only one of the two breaks rejects (exact McNemar test).
 
     The shares of right pixels of two maps lie close together: an interval of their mean difference by Student's
     quantile, with the largest difference added once, which is widened by :data:`SLIGHT`.
@@ -52,7 +52,6 @@ class PairedDifference:
     """Images of each look that may be taken, if there are several (:meth:`AuditContext.compare`)."""
     spread: float | None = None
     """Standard error; of label maps alone."""
-    level: float = LEVEL
 
     @classmethod
     def of(cls, weaker: Counts, stronger: Counts, *, level: float = LEVEL) -> PairedDifference:
@@ -72,7 +71,7 @@ class PairedDifference:
         if not _are_maps(weaker):
             won, lost = int((difference > 0).sum()), int((difference < 0).sum())
             low, high = _low(won, lost, n, level), -_low(lost, won, n, level)
-            return cls((won - lost) / max(1, n), low, high, n, level=level)
+            return cls((won - lost) / max(1, n), low, high, n)
         padded = torch.cat([difference, difference.new_tensor([1.0, -1.0]) * difference.abs().amax()])
         error = float(padded.std(correction=0)) / sqrt(len(padded))
         return cls._of_maps(float(difference.mean()), float(padded.mean()), error, n, level)
@@ -86,7 +85,7 @@ class PairedDifference:
             (a, m), (b, k) = ((int(one.right.sum()), one.images) for one in (weaker, stronger))
             low = value - sqrt((a / m - _least(a, m, level)) ** 2 + (_most(b, k, level) - b / k) ** 2)
             high = value + sqrt((_most(a, m, level) - a / m) ** 2 + (b / k - _least(b, k, level)) ** 2)
-            return cls(value, low, high, n, level=level)
+            return cls(value, low, high, n)
         ends = torch.stack(torch.cat([weaker.shares, stronger.shares]).aminmax())
         both = [torch.cat([one.shares, ends]) for one in (weaker, stronger)]
         error = sqrt(sum(float(one.var(correction=0)) / len(one) for one in both))
@@ -97,7 +96,7 @@ class PairedDifference:
         from scipy.special import stdtrit
 
         half = float(stdtrit(max(1, n - 1), 1 - level)) * error + SLIGHT
-        return cls(value, middle - half, middle + half, n, spread=error, level=level)
+        return cls(value, middle - half, middle + half, n, spread=error)
 
     def over(self, looks: tuple[int, ...]) -> PairedDifference:
         """The same difference, as the end of a procedure of several looks."""
@@ -106,7 +105,8 @@ class PairedDifference:
     def findable(self, limit: float = 0.0) -> float:
         """Return the smallest true difference that is found to be above ``limit`` with probability :data:`POWER`.
 
-        Of one answer per image, if whatever the weaker attack breaks falls to the stronger one as well.
+        Of one answer per image, at :data:`LEVEL`, and if whatever the weaker attack breaks falls to the stronger one
+        as well.
         """
         if self.spread is not None:
             return limit + (self.high - self.low) / 2 + NormalDist().inv_cdf(POWER) * self.spread
@@ -136,23 +136,22 @@ def clearly_more(hits: int, total: int, share: float) -> bool:
     return hits > 0 and float(bdtrc(hits - 1, total, share)) < LEVEL
 
 
-def lower_end(rate: Rate, level: float = LEVEL) -> float:
+def lower_end(rate: Rate) -> float:
     """Return the lower confidence limit of a rate at the level of an audit's comparisons.
 
     Clopper-Pearson's for one answer per image; for label maps, Wilson's of the effective number of answers.
     """
     if rate.effective is not None:
-        return rate.among(max(1, round(0.025 / level))).low
-    return _least(round(rate.value * rate.n), rate.n, level)
+        return rate.among(max(1, round(0.025 / LEVEL))).low
+    return _least(round(rate.value * rate.n), rate.n, LEVEL)
 
 
-def smallest_effect(looks: tuple[int, ...], limit: float, level: float = LEVEL) -> float:
+def smallest_effect(looks: tuple[int, ...], limit: float) -> float:
     """Return the smallest share of images that is found to be above ``limit`` with probability :data:`POWER`.
 
     Args:
         looks: images of the only look, or of the first and the second one (:meth:`AuditContext.compare`).
         limit: share that counts as none.
-        level: error of the comparison.
 
     Returns:
         The share, in [0, 1]; 1 if there are too few images to find anything.
@@ -160,7 +159,7 @@ def smallest_effect(looks: tuple[int, ...], limit: float, level: float = LEVEL) 
     from scipy.special import bdtrc
 
     first, last = looks[0], looks[-1]
-    early, late = (level, level) if len(looks) == 1 else (EARLY * level, (1 - EARLY) * level)
+    early, late = (LEVEL, LEVEL) if len(looks) == 1 else (EARLY * LEVEL, (1 - EARLY) * LEVEL)
     clear, needed = _needed(first, limit, early), _needed(last, limit, late)
     asking = range(int(limit * first) + 1, clear) if len(looks) > 1 else ()  # hits that ask for the second look
 
@@ -180,7 +179,7 @@ def smallest_effect(looks: tuple[int, ...], limit: float, level: float = LEVEL) 
     return high
 
 
-def findable_share(n: int, limit: float, level: float = LEVEL) -> float:
+def findable_share(n: int, limit: float) -> float:
     """Return the smallest true share of n images that is found to be above ``limit`` with probability :data:`POWER`.
 
     Returns:
@@ -188,7 +187,7 @@ def findable_share(n: int, limit: float, level: float = LEVEL) -> float:
     """
     from scipy.special import betaincinv
 
-    hits = next((hits for hits in range(1, n + 1) if _least(hits, n, level) > limit), None)
+    hits = next((hits for hits in range(1, n + 1) if _least(hits, n, LEVEL) > limit), None)
     return 1.0 if hits is None else float(betaincinv(hits, n - hits + 1, POWER))
 
 

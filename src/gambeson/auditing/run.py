@@ -130,7 +130,7 @@ def run_audit(
 def _check_weights(run: AuditRun, out: Path, dataset: data_room.Dataset | None) -> None:
     """Refuse to take a finished audit for one of weights that have changed since, unless they cannot be loaded now."""
     begun = Checkpoints(out).kept("begun") or {}
-    if "model" not in begun:  # a black box, or an earlier version's
+    if "model" not in begun:  # a black box
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were given when it was audited
@@ -177,19 +177,18 @@ def check_audit(run: AuditRun, out: Path | None) -> bool | None:
     return None if out is None else check_run(out, run)
 
 
-def plan_audit(run: AuditRun, out: Path | None = None, dataset: data_room.Dataset | None = None) -> AuditPlan:
+def plan_audit(run: AuditRun, out: Path | None = None) -> AuditPlan:
     """Estimate the maximum cost of ``run`` from a few images; nothing is written.
 
     Args:
         run: the settings.
         out: the folder that it would be run in, which is checked too.
-        dataset: the data, if already loaded.
 
     Raises:
         UserError: as :func:`run_audit`, or the model is a black box.
     """
     check_audit(run, out)
-    subject = load_model(run.model, run.data, run.device, dataset)
+    subject = load_model(run.model, run.data, run.device)
     if run.suite.minutes is None:
         return plan(subject.model, subject.dataset, run.suite, run.seed)
     clock = Clock(run.suite.minutes, subject.model, subject.dataset, run.suite, seed=run.seed)

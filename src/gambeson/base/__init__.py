@@ -27,6 +27,7 @@ from gambeson.base.errors import (
     one_line,
     unknown_name,
 )
+from gambeson.base.extras import required
 from gambeson.base.files import (
     load_tensors,
     pixel_bytes,
@@ -84,6 +85,7 @@ __all__ = [
     "refuse_pointer",
     "repeatable",
     "replaceable",
+    "required",
     "save_tensors",
     "say",
     "seeded",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from gambeson.base.errors import UserError
+from gambeson.base.extras import required
 
 
 def text_table(title: str, rows: Mapping[str, str]) -> str:
@@ -47,11 +46,7 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     Raises:
         UserError: pandas is not installed.
     """
-    try:
-        pandas = importlib.import_module("pandas")
-    except ImportError:
-        raise UserError("to_frame needs pandas: pip install pandas") from None
-    return pandas.DataFrame(list(rows))
+    return required("pandas", "to_frame").DataFrame(list(rows))
 
 
 def curves(lines: Mapping[str, tuple[Sequence[float | str], Sequence[Any]]], title: str, x: str, y: str) -> Any:

@@ -79,8 +79,7 @@ def train(
     """
     from gambeson.base import UserError, count, user_code, writable
     from gambeson.data import load
-    from gambeson.defenses import needs_eps
-    from gambeson.defenses.registry import DEFENSES
+    from gambeson.defenses import entry
     from gambeson.models.loading import input_shape
     from gambeson.threat import default_eps
     from gambeson.training import Recipe, TrainRun, plan_training, run_training
@@ -108,14 +107,14 @@ def train(
         flags,
         set_,
         device,
-        lambda now: {"recipe": {*Recipe.model_fields, "preset"}, "defense": DEFENSES.get(_name(now)).settings},
+        lambda now: {"recipe": {*Recipe.model_fields, "preset"}, "defense": entry(_name(now)).settings},
     )
     missing = " and ".join(f"--{name}" for name in ("data", "model") if name not in settings)
     if missing:
         raise UserError(f"{missing} must be given: name one, for example --data fashion-mnist --model lenet")
     put(settings, "defense.name", defense or _name(settings))
     with progress(as_json) as console:
-        lacking = "eps" not in settings["defense"] and needs_eps(settings["defense"]["name"])
+        lacking = "eps" not in settings["defense"] and entry(settings["defense"]["name"]).needs("eps")
         if lacking:  # the default depends on the data, and what is wrong is said before they are loaded
             settings["defense"]["eps"] = 0.0
         run = TrainRun(**settings)

@@ -33,29 +33,29 @@ def stored_file(name: str, root: Path) -> Path:
     return root / f"{name}.safetensors"
 
 
-def prepare(recipe: DatasetSpec, root: Path) -> Stored:
+def prepare(spec: DatasetSpec, root: Path) -> Stored:
     """Return a data set's tensors and their metadata, from disk or from the first source that works.
 
     Raises:
         UserError: every source failed, or the result cannot be stored.
     """
-    file = stored_file(recipe.name, root)
+    file = stored_file(spec.name, root)
     if file.is_file():
         try:
             tensors, about = load_tensors(file, "images and labels")
-            check_content(recipe, tensors)
+            check_content(spec, tensors)
             return tensors, about
         except UserError:
             pass  # damaged, or from another source: prepared again and replaced
     failures: list[str] = []
-    for way in recipe.ways:
+    for way in spec.ways:
         try:
             content = way.run(root)
-            check_content(recipe, content.tensors)
+            check_content(spec, content.tensors)
         except UserError as error:
             failures.append(f"({len(failures) + 1}) {way.name}: {error}")
             continue
-        about = {"name": recipe.name, "source": way.name, "licence": recipe.licence, "classes": content.classes}
+        about = {"name": spec.name, "source": way.name, "licence": spec.licence, "classes": content.classes}
         try:
             save_tensors(file, content.tensors, about)
         except OutOfSpace as error:
@@ -65,46 +65,46 @@ def prepare(recipe: DatasetSpec, root: Path) -> Stored:
             ) from error
         return content.tensors, about
     raise UserError(
-        f"could not get {recipe.name}, every way failed: {'; '.join(failures)}. Connect to the network and run "
-        f"`gambeson data get {recipe.name}` again, or copy {file.name} from another machine to {root}"
+        f"could not get {spec.name}, every way failed: {'; '.join(failures)}. Connect to the network and run "
+        f"`gambeson data get {spec.name}` again, or copy {file.name} from another machine to {root}"
     )
 
 
-def check_content(recipe: DatasetSpec, tensors: dict[str, torch.Tensor]) -> None:
+def check_content(spec: DatasetSpec, tensors: dict[str, torch.Tensor]) -> None:
     """Raise unless the tensors are those of the data set: names, counts, shapes, types and labels.
 
     Raises:
         UserError: the first thing that differs.
     """
-    parts = ("train_", "test_") if recipe.source[1] else ("",)
-    for part, count in zip(parts, recipe.source, strict=False):
+    parts = ("train_", "test_") if spec.source[1] else ("",)
+    for part, count in zip(parts, spec.source, strict=False):
         images, labels = tensors.get(f"{part}images"), tensors.get(f"{part}labels")
         if images is None or labels is None:
             raise UserError(f"{part}images or {part}labels are missing: expected both")
-        if images.dtype != torch.uint8 or tuple(images.shape) != (count, *recipe.shape):
+        if images.dtype != torch.uint8 or tuple(images.shape) != (count, *spec.shape):
             raise UserError(
-                f"{part}images are {images.dtype} of {tuple(images.shape)}: expected uint8 of {(count, *recipe.shape)}"
+                f"{part}images are {images.dtype} of {tuple(images.shape)}: expected uint8 of {(count, *spec.shape)}"
             )
-        expected = (count,) if recipe.task.per_image_label else (count, *recipe.shape[1:])
+        expected = (count,) if spec.task.per_image_label else (count, *spec.shape[1:])
         if tuple(labels.shape) != expected:
             raise UserError(f"{part}labels have shape {tuple(labels.shape)}: expected {expected}")
-        recipe.task.check_labels(labels, recipe.num_classes)
+        spec.task.check_labels(labels, spec.num_classes)
 
 
-def build(recipe: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Dataset:
+def build(spec: DatasetSpec, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Dataset:
     """Cut a prepared data set into its splits, identically on every machine."""
-    name = recipe.name
-    given = recipe.classes or about.get("classes") or ()
-    classes = tuple(given) if len(given) == recipe.num_classes else tuple(map(str, range(recipe.num_classes)))
-    if recipe.source[1]:
+    name = spec.name
+    given = spec.classes or about.get("classes") or ()
+    classes = tuple(given) if len(given) == spec.num_classes else tuple(map(str, range(spec.num_classes)))
+    if spec.source[1]:
         whole = Split(name, tensors["train_images"], tensors["train_labels"], classes)
-        train, validation = partition(whole.labels, [recipe.validation], name)
+        train, validation = partition(whole.labels, [spec.validation], name)
         test = Split(f"{name}/test", tensors["test_images"], tensors["test_labels"], classes)
     else:
-        whole = Split(name, tensors["images"], tensors["labels"], classes, task=recipe.task)
-        counts = [recipe.validation, recipe.test]
-        rows = torch.arange(len(whole)).split([recipe.train, *counts])
-        train, validation, chosen = rows if recipe.ordered else partition(whole.labels, counts, name)
+        whole = Split(name, tensors["images"], tensors["labels"], classes, task=spec.task)
+        counts = [spec.validation, spec.test]
+        rows = torch.arange(len(whole)).split([spec.train, *counts])
+        train, validation, chosen = rows if spec.ordered else partition(whole.labels, counts, name)
         test = whole.subset(chosen, f"{name}/test")
     rest = (whole.subset(train, f"{name}/train"), whole.subset(validation, f"{name}/validation"))
     return Dataset(name, *rest, test, classes)
@@ -185,15 +185,15 @@ def load(
     entry = _entry(name)
     if "settings" in entry.options:
         return entry.target(data_root(root), entry.options["settings"](**options))
-    if "recipe" not in entry.options:
+    if "spec" not in entry.options:
         return _named(load(_called(entry, data_root(root)), workers=workers, **options), name)
-    recipe: DatasetSpec = entry.options["recipe"]
+    spec: DatasetSpec = entry.options["spec"]
     if options:
         raise UserError(
-            f"{' and '.join(options)} came with {recipe.name}, whose images are {recipe.shape[1]}x{recipe.shape[2]} in "
-            f"{'grey' if recipe.shape[0] == 1 else 'colour'}: leave it out"
+            f"{' and '.join(options)} came with {spec.name}, whose images are {spec.shape[1]}x{spec.shape[2]} in "
+            f"{'grey' if spec.shape[0] == 1 else 'colour'}: leave it out"
         )
-    return build(recipe, *prepare(recipe, data_root(root)))
+    return build(spec, *prepare(spec, data_root(root)))
 
 
 def get(name: str, root: str | Path | None = None) -> Path:
@@ -209,11 +209,11 @@ def get(name: str, root: str | Path | None = None) -> Path:
     if bare.startswith(TORCHVISION):
         return fetch_torchvision(bare.removeprefix(TORCHVISION), folder)
     options = _entry(bare).options
-    recipe = options.get("recipe") or DATASETS.get(options.get("source", ""))
-    if recipe is None:
+    spec = options.get("spec") or DATASETS.get(options.get("source", ""))
+    if spec is None:
         load(name, folder)
     else:
-        prepare(recipe, folder)
+        prepare(spec, folder)
     return folder
 
 
@@ -297,12 +297,12 @@ def _line(name: str, folder: Path) -> Entry:
     if "source" in entry.options:
         ready = stored_file(entry.options["source"], folder).is_file()
         return Entry(name, entry.summary, ready, **entry.options["about"])
-    if "recipe" not in entry.options:
+    if "spec" not in entry.options:
         return Entry(name, entry.summary, ready=True, how=f"loaded by {entry.owner}")
-    recipe: DatasetSpec = entry.options["recipe"]
-    known = {key: getattr(recipe, key) for key in ("how", "train", "validation", "test", "shape", "licence")}
+    spec: DatasetSpec = entry.options["spec"]
+    known = {key: getattr(spec, key) for key in ("how", "train", "validation", "test", "shape", "licence")}
     ready = stored_file(name, folder).is_file()
-    return Entry(name, recipe.description, ready, classes=recipe.num_classes, **known)
+    return Entry(name, spec.description, ready, classes=spec.num_classes, **known)
 
 
 def _called(entry: Registered[Any], root: Path) -> Any:

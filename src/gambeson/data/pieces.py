@@ -48,8 +48,8 @@ def write_pieces(
     Raises:
         UserError: the data is unavailable, or a picture is not bit-identical after reading.
     """
-    recipe = _recipe(name)
-    tensors, known = prepare(recipe, data_root(root))
+    spec = _spec(name)
+    tensors, known = prepare(spec, data_root(root))
     files = []
     for number, ranges in enumerate(cuts, 1):
         members: dict[str, bytes] = {}
@@ -85,7 +85,7 @@ def read_piece(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     about = json.loads(read_members(blob, [_ABOUT], str(file))[_ABOUT])
     names = [f"{part}-{k:03}.webp" for part in _PARTS for k in range(about[part]["pictures"])]
     pictures = read_members(blob, names, str(file)) if names else {}
-    shape, tensors = _recipe(about["name"]).shape, {}
+    shape, tensors = _spec(about["name"]).shape, {}
     for part in _PARTS:
         count, blocks = about[part]["count"], []
         for k in range(about[part]["pictures"]):
@@ -119,13 +119,13 @@ def unpack(files: Sequence[Path], root: str | Path | None = None) -> dict[str, s
         save_tensors(folder / FOLDER / f"{about['name']}-{key}.safetensors", tensors, about)
         found[about["name"]] = ""
     for name in found:
-        recipe = _recipe(name)
-        tensors, about = _joined(recipe, folder)
+        spec = _spec(name)
+        tensors, about = _joined(spec, folder)
         have = [len(tensors[f"{part}_labels"]) for part in _PARTS]
-        found[name] = f"{have[0]} of {recipe.source[0]} training and {have[1]} of {recipe.source[1]} test images"
-        if tuple(have) == recipe.source:
-            check_content(recipe, tensors)
-            kept = {"name": name, "source": about["source"], "licence": recipe.licence, "classes": about["classes"]}
+        found[name] = f"{have[0]} of {spec.source[0]} training and {have[1]} of {spec.source[1]} test images"
+        if tuple(have) == spec.source:
+            check_content(spec, tensors)
+            kept = {"name": name, "source": about["source"], "licence": spec.licence, "classes": about["classes"]}
             save_tensors(stored_file(name, folder), tensors, kept)
             found[name] = "complete"
     return found
@@ -139,11 +139,11 @@ def load_available(name: str, root: str | Path | None = None) -> Dataset:
     Raises:
         UserError: neither the data set nor a piece with training and test images is available.
     """
-    recipe, folder = _recipe(name), data_root(root)
+    spec, folder = _spec(name), data_root(root)
     if stored_file(name, folder).is_file() or not list((folder / FOLDER).glob(f"{name}-*.safetensors")):
         return load(name, root)
-    tensors, about = _joined(recipe, folder)
-    classes = tuple(recipe.classes or about["classes"])
+    tensors, about = _joined(spec, folder)
+    classes = tuple(spec.classes or about["classes"])
     title = f"{name}[{len(tensors['train_labels'])}]"
     whole = Split(title, tensors["train_images"], tensors["train_labels"], classes)
     train, validation = partition(whole.labels, [max(2, len(whole) // 10)], name)
@@ -156,9 +156,9 @@ def load_available(name: str, root: str | Path | None = None) -> Dataset:
     )
 
 
-def _joined(recipe: DatasetSpec, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _joined(spec: DatasetSpec, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Join the unpacked pieces, ordered by their first images; overlapping ones are skipped."""
-    stored = [load_tensors(file, "a piece of data") for file in (folder / FOLDER).glob(f"{recipe.name}-*.safetensors")]
+    stored = [load_tensors(file, "a piece of data") for file in (folder / FOLDER).glob(f"{spec.name}-*.safetensors")]
     joined: dict[str, torch.Tensor] = {}
     for part in _PARTS:
         blocks, reached = [], -1
@@ -166,15 +166,15 @@ def _joined(recipe: DatasetSpec, folder: Path) -> tuple[dict[str, torch.Tensor],
             if about[part]["count"] and about[part]["first"] >= reached:
                 blocks.append((tensors[f"{part}_images"], tensors[f"{part}_labels"]))
                 reached = about[part]["first"] + about[part]["count"]
-        none = torch.empty((0, *recipe.shape), dtype=torch.uint8)
+        none = torch.empty((0, *spec.shape), dtype=torch.uint8)
         joined[f"{part}_images"] = torch.cat([none, *(b[0] for b in blocks)])
         joined[f"{part}_labels"] = torch.cat([torch.empty(0, dtype=torch.int64), *(b[1] for b in blocks)])
     return joined, stored[0][1]
 
 
-def _recipe(name: str) -> DatasetSpec:
+def _spec(name: str) -> DatasetSpec:
     if name not in DATASETS or not DATASETS[name].source[1]:
-        known = sorted(key for key, recipe in DATASETS.items() if recipe.source[1])
+        known = sorted(key for key, spec in DATASETS.items() if spec.source[1])
         raise UserError(f"{name} is not cut into pieces: choose one of {', '.join(known)}")
     return DATASETS[name]
 

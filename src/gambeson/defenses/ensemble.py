@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from gambeson.base import UserError, average, derive, place, seeded
-from gambeson.defenses.ensemble_losses import diversity_gain
+from gambeson.defenses.ensemble_losses import estimated_diversity_gain
 from gambeson.defenses.jacobian import JacobianNorm
 from gambeson.defenses.objective import (
     Adversarial,
@@ -214,7 +214,7 @@ def watch(voters: Sequence[PixelModel], batch: Batch, images: int) -> Losses:
         return {}
     with torch.autocast(batch.images.device.type, enabled=False), seeded(batch.seed, "diversity"):
         valid = batch.task.valid(batch.labels[:images])
-        gain = diversity_gain(voters, batch.images[:images], valid=valid, seed=batch.seed).mean()
+        gain = estimated_diversity_gain(voters, batch.images[:images], valid=valid, seed=batch.seed).mean()
     average([gain])
     if float(gain) > _COPIES:
         warnings.warn(

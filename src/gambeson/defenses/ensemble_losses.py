@@ -18,17 +18,18 @@ _EXACT = 16
 """Maximum number of classes for the exact Jacobian; beyond it, the number of random directions."""
 
 
-def diversity_gain(
-    voters: Sequence[nn.Module], images: torch.Tensor, *, valid: torch.Tensor | None = None, seed: int = 0
+def estimated_diversity_gain(
+    members: Sequence[nn.Module], images: torch.Tensor, *, valid: torch.Tensor | None = None, seed: int = 0
 ) -> torch.Tensor:
     """Return D = ||J_e||_F^2 / mean_m ||J_m||_F^2 for each image, J_e the Jacobian of the mean logits.
 
-    1 for copies, 1/M for orthogonal Jacobians, less if members cancel; 1 if every Jacobian is zero. Models are in
-    evaluation mode. Exact up to 16 classes, else from 16 random directions in logit space, the same for all members.
-    Cost: one forward per image and member, and one backward per direction.
+    As :func:`gambeson.analysis.diversity_gain`, but 1 if every Jacobian is zero, since one NaN would make the mean over
+    a batch, and so the history of a training, NaN. Models are in evaluation mode. Exact up to 16 classes, else from 16
+    random directions in logit space, the same for all members. Cost: one forward per image and member, and one backward
+    per direction.
 
     Args:
-        voters: the members, each from pixels to logits.
+        members: each from pixels to logits.
         images: (N, C, H, W) in [0, 1].
         valid: which units count, (N,) or (N, H, W); None: all.
         seed: of the directions.
@@ -37,10 +38,10 @@ def diversity_gain(
         (N,), between 0 and 1.
     """
     with ExitStack() as stack, torch.enable_grad():
-        for voter in voters:
-            stack.enter_context(Victim(voter))
-        points = [images.detach().clone().requires_grad_() for _ in voters]
-        logits = [voter(point) for voter, point in zip(voters, points, strict=True)]
+        for member in members:
+            stack.enter_context(Victim(member))
+        points = [images.detach().clone().requires_grad_() for _ in members]
+        logits = [member(point) for member, point in zip(members, points, strict=True)]
         if valid is not None:
             logits = [one * valid.unsqueeze(1) for one in logits]
         answers = [one.flatten(1) for one in logits]

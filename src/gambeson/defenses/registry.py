@@ -34,6 +34,15 @@ def entries() -> list[Registered[type[Defense]] | UserError]:
     return DEFENSES.entries()
 
 
+def entry(name: str) -> Registered[type[Defense]]:
+    """Return what is registered under a name, or defined by ``FILE.py:CLASS``.
+
+    Raises:
+        UserError: no such defence.
+    """
+    return DEFENSES.get(name)
+
+
 def create(name: str, **settings: Any) -> Defense:
     """Build a defence by name, for example ``create("shared-adversarial", eps="8/255")``.
 
@@ -45,13 +54,7 @@ def create(name: str, **settings: Any) -> Defense:
         UserError: no such defence, or a value out of range.
         TypeError: a setting is missing or unknown.
     """
-    return DEFENSES.get(name).target(**settings)
-
-
-def needs_eps(name: str) -> bool:
-    """Whether a defence cannot be built without an eps."""
-    field = DEFENSES.get(name).target.model_fields.get("eps")
-    return field is not None and field.is_required()
+    return entry(name).target(**settings)
 
 
 def name_of(defense: Defense) -> str:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gambeson.base import Config, UserError, environment, load_tensors, seeded, task, unused, write_json
+from gambeson.base import Config, UserError, environment, load_tensors, required, seeded, task, unused, write_json
 from gambeson.data import Split
 from gambeson.evaluation.universal import accuracy_rate
 from gambeson.models import ModelCard, PixelModel
 from gambeson.models.black_box.local import OnnxModel
 from gambeson.models.export import Target, export
 from gambeson.models.factory import build
-from gambeson.models.hubs import required
 from gambeson.models.loading import load_model
 from gambeson.models.program import load_program
 from gambeson.models.storage import load_weights

@@ -110,10 +110,6 @@ def attacked(
     return checked(moved, images, attack, name)
 
 
-_ROUNDING = 1e-3
-"""Share of eps by which a norm may exceed it: sums over many pixels are rounded."""
-
-
 def checked(moved: torch.Tensor, images: torch.Tensor, attack: object, name: str = "") -> torch.Tensor:
     """Return what an attack returned, once it is known to be a perturbation of its images that the attack may make.
 
@@ -143,7 +139,7 @@ def checked(moved: torch.Tensor, images: torch.Tensor, attack: object, name: str
     ball = ball_of(attack)
     if ball is not None:
         largest = float(ball.length((moved - images).double()).max())
-        if largest > ball.eps * (1 + _ROUNDING) + TOLERANCE:
+        if largest > ball.limit:
             raise UserError(
                 f"attack {name!r} of eps = {eps_text(ball.eps)} moved an image by {largest:.4g} in the norm "
                 f"{ball.norm}: expected every image inside its ball; project the perturbation"

@@ -12,6 +12,7 @@ from gambeson.data import Split
 from gambeson.evaluation.outcome import at_once
 from gambeson.evaluation.universal import confusion_of
 from gambeson.tasks import Confusion, Counts, Rate
+from gambeson.tasks.confusion import mean_iou
 from gambeson.tasks.rate import resampled
 from gambeson.victim import Victim, vote, votes_of
 
@@ -209,12 +210,6 @@ def mean_of_images(counts: Counts) -> Rate:
     return Rate.from_error(float(shares.mean()), draws, len(shares), int(counts.total.sum()))
 
 
-def _mean_iou(sums: torch.Tensor) -> torch.Tensor:
-    """The mean IoU (B,) of summed counts (B, 3, K), over the classes that occur among the labels."""
-    right, truth, predicted = sums.double().unbind(1)
-    return (right / (truth + predicted - right).clamp(min=1)).sum(1) / (truth > 0).sum(1).clamp(min=1)
-
-
 def greedy_choice(counts: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
     """Choose a candidate per image so that the mean IoU of all images is low (Croce et al. 2024, section 3.6).
 
@@ -229,8 +224,8 @@ def greedy_choice(counts: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
     Returns:
         (N,): the number of the candidate of each image.
     """
-    draw, everyone = generator(seed, "greedy"), torch.arange(counts.shape[1])
-    alone = int(_mean_iou(counts.sum(1)).argmin())
+    draw, everyone, counts = generator(seed, "greedy"), torch.arange(counts.shape[1]), counts.double()
+    alone = int(mean_iou(*counts.sum(1).unbind(1)).argmin())
     ends = []
     for choice in (torch.full_like(everyone, alone), counts[:, :, 0].sum(2).argmin(0)):
         sums, changed = counts[choice, everyone].sum(0), True
@@ -240,11 +235,11 @@ def greedy_choice(counts: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
             changed = False
             for n in torch.randperm(len(everyone), generator=draw).tolist():
                 options = sums - counts[choice[n], n] + counts[:, n]
-                values = _mean_iou(options)
+                values = mean_iou(*options.unbind(1))
                 best = int(values.argmin())
                 if values[best] < values[choice[n]]:
                     choice[n], sums, changed = best, options[best], True
-        ends.append((float(_mean_iou(sums[None])), choice))
+        ends.append((float(mean_iou(*sums[None].unbind(1))), choice))
     return min(ends, key=lambda end: end[0])[1]
 
 

@@ -198,7 +198,7 @@ class Job:
         settings = {"model": fingerprint(self.model), "data": self.data.signs, **self.settings.plain()}
         if folder is not None and (folder / SCHEDULE).is_file():
             found = Schedule(**read_json(folder / SCHEDULE))
-            refuse_other(folder, {"data": settings["data"], **found.settings}, settings)  # earlier versions have none
+            refuse_other(folder, found.settings, settings)
             self.base = found.base  # on another machine it may be another image more or less
             return found
         room = _SLACK * TRAINING * self._left()

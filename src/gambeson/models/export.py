@@ -14,8 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gambeson.base import UserError, one_line, save_tensors, write_bytes
-from gambeson.models.hubs import required
+from gambeson.base import UserError, one_line, required, save_tensors, write_bytes
 from gambeson.models.outputs import as_logits
 from gambeson.models.pixel_model import ModelCard, PixelModel
 

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from gambeson.base import UserError, one_line, read_json, unknown_name
+from gambeson.base import UserError, one_line, read_json, required, unknown_name
 from gambeson.models.normalisation import IMAGENET
 from gambeson.models.outputs import as_logits, at_image_size
 
@@ -117,21 +116,6 @@ def _fetched(name: str) -> Path:
     if not is_folder(str(folder)):
         raise UserError(f"{name} has no config.json: name a folder or a model of timm or transformers")
     return folder
-
-
-def required(package: str, name: str) -> ModuleType:
-    """Import an optional dependency.
-
-    Raises:
-        UserError: it is not installed or does not work; the message has the command that installs it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        reason = "is not installed" if error.name == package else f"cannot be imported ({one_line(error)})"
-        extra = {"huggingface_hub": "timm", "segmentation_models_pytorch": "smp"}.get(package, package)
-        extra = "onnx" if package.startswith("onnx") else extra
-        raise UserError(f"{name} needs {package}, which {reason}: pip install 'gambeson[{extra}]'") from None
 
 
 def _timm_folder(name: str) -> tuple[Any, dict[str, Any]]:

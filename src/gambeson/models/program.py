@@ -16,11 +16,10 @@ import torch
 from torch import nn
 from torch.export.passes import move_to_device_pass
 
-from gambeson.base import UserError, generator, one_line, refuse_pointer
+from gambeson.base import UserError, generator, one_line, refuse_pointer, required
 from gambeson.data import Shape
 from gambeson.models.black_box.local import OnnxModel
 from gambeson.models.external import tried
-from gambeson.models.hubs import required
 from gambeson.models.outputs import PROBABILITIES, SIGMOID, as_logits
 from gambeson.models.pixel_model import ModelCard, PixelModel
 

@@ -13,9 +13,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gambeson.base import Config, UserError, one_line, read_json, unknown_name
+from gambeson.base import Config, UserError, one_line, read_json, required, unknown_name
 from gambeson.base.errors import as_text
-from gambeson.models.hubs import HUB, required
+from gambeson.models.hubs import HUB
 from gambeson.tasks import Rate
 from gambeson.threat import Norm
 

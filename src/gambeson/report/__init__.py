@@ -119,7 +119,7 @@ def write_first(
     """Write a page about one perturbation that is not audited yet; opened in a browser, it reloads itself.
 
     Args:
-        examples: the file of :func:`gambeson.auditing.audit.save_examples`.
+        examples: the file of :func:`gambeson.auditing.stages.examples.save_examples`.
         uap: the perturbation.
         rates: the error on test images under it, and without it.
         classes: their names.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gambeson.base import duration, eps_text
+from gambeson.base import count, duration, eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import Cost, SmallestEps
 from gambeson.report.loading import Folder
@@ -34,18 +34,13 @@ def interval(rate: Rate | Difference) -> str:
 
 
 def decimal(eps: float) -> str:
-    """Write eps as a decimal if :func:`gambeson.threat.eps_text` does not; else empty."""
+    """Write eps as a decimal if :func:`gambeson.base.eps_text` does not; else empty."""
     return "" if eps_text(eps) == (plain := f"{eps:.4g}") else plain
 
 
 def meaning_of_eps(norm: str) -> str:
     """Say what eps measures."""
     return "largest change of a pixel" if norm == "inf" else "Euclidean length of the pattern"
-
-
-def count(number: int, noun: str) -> str:
-    """Write a number with its noun: ``1 model``, ``2,000 images``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def bound(found: SmallestEps) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class Folder:
     direction: torch.Tensor | None
     """The best shared L2 direction of the linearised model (C, H, W), if the audit has one."""
     examples: dict[str, torch.Tensor]
-    """See :func:`gambeson.auditing.audit.save_examples`."""
+    """See :func:`gambeson.auditing.stages.examples.save_examples`."""
     seconds: dict[str, float]
     """Seconds by stage; empty when nothing was timed."""
     settings: dict[str, Any]

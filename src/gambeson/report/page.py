@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 from gambeson.auditing import Check
+from gambeson.base import count
 from gambeson.report import charts, formatting, jacobian, pictures, scenes, summary, tables
 from gambeson.report.charts import Chart
 from gambeson.report.formatting import Facts, meaning_of_eps
@@ -79,7 +80,6 @@ class Model:
     """Everything about one model."""
 
     label: str
-    architecture: str
     hue: str
     trusted: bool
     summary: Summary
@@ -163,7 +163,7 @@ def build(folders: Sequence[Folder], title: str | None, answer: str | None = Non
     first = folders[0].result
     norm = first.universal[0].norm
     eps = tables.common_eps(folders)
-    what = folders[0].label if len(folders) == 1 else formatting.count(len(folders), "model")
+    what = folders[0].label if len(folders) == 1 else count(len(folders), "model")
     names = [control.name for folder in folders for point in folder.result.universal for control in point.controls]
     return Page(
         title=title or f"Robustness audit: {what} on {first.material.name}",
@@ -202,7 +202,6 @@ def _model(folder: Folder, index: int, norm: str) -> Model:
     reproduce = f"gambeson audit --config {shlex.quote(folder.path.resolve().name + '/run.yaml')} --out NEW"
     return Model(
         label=folder.label,
-        architecture=result.subject.name,
         hue=charts.hue(index),
         trusted=folder.trusted,
         summary=summary.summary(folder, norm),

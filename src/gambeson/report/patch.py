@@ -11,12 +11,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from gambeson.attacks import AdversarialPatch
-from gambeson.base import UserError, pixel_bytes, write_bytes
+from gambeson.base import UserError, count, pixel_bytes, write_bytes
 from gambeson.data import Split
 from gambeson.evaluation.placement import PlacedRate, PlacementResult
 from gambeson.evaluation.rates import strongest_control
 from gambeson.report import pictures
-from gambeson.report.formatting import Facts, count, flat, interval, of_hundred, percent
+from gambeson.report.formatting import Facts, flat, interval, of_hundred, percent
 from gambeson.report.summary import squares
 from gambeson.report.tables import NONE, Cell, Group, Line, Table, rate_cell
 

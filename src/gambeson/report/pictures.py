@@ -59,7 +59,7 @@ def pattern(delta: torch.Tensor, eps: float, norm: str, label: str, rate: str, s
 
 
 def examples(tensors: Mapping[str, torch.Tensor], classes: Sequence[str]) -> list[Example]:
-    """Draw test images with the model's answers, from what :func:`gambeson.auditing.audit.save_examples` stores.
+    """Draw test images with the model's answers, from :func:`gambeson.auditing.stages.examples.save_examples`.
 
     Label maps are drawn by :mod:`gambeson.report.scenes`.
     """

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from gambeson.auditing import AuditResult, lead_of
 from gambeson.auditing.display import doubt_of, worst_of
-from gambeson.base import eps_text
+from gambeson.base import count, eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.rates import strongest_control
 from gambeson.models import zoo
 from gambeson.models.loading import trained_on
 from gambeson.models.storage import ENDINGS
-from gambeson.report.formatting import count, of_hundred
+from gambeson.report.formatting import of_hundred
 from gambeson.report.loading import Folder
 
 

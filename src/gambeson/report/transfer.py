@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from gambeson.base import eps_text
+from gambeson.base import count, eps_text
 from gambeson.evaluation import Rate
 from gambeson.evaluation.transfer import TransferResult, TransferTable
-from gambeson.report.formatting import Facts, count, flat, interval, meaning_of_eps, of_hundred, percent
+from gambeson.report.formatting import Facts, flat, interval, meaning_of_eps, of_hundred, percent
 from gambeson.report.summary import Step, quoted, squares
 from gambeson.report.tables import NONE, Cell, Group, Line, Table, rate_cell
 

@@ -173,7 +173,8 @@ class AccuracyMeasure(Measure):
         return Measured(metrics={"accuracy": Value.of(accuracy(trained.model, trained.data, seed=trained.seed))})
 
 
-def _attack(value: Any) -> Any:
+def named(value: Any) -> Any:
+    """Return what a name alone stands for, a name without settings; anything else as it is."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -181,7 +182,7 @@ class AttackMeasure(Measure):
     """One attack: the accuracy under it, or the UER of a universal one, crafted on train and chosen on validation."""
 
     kind: Literal["attack"] = "attack"
-    attack: Annotated[dict[str, Any], BeforeValidator(_attack)]
+    attack: Annotated[dict[str, Any], BeforeValidator(named)]
     """Its name, or its name and settings. The eps is that of the data, times ``times_eps``."""
     test_images: Size = 1000
     """Test images of a per-image attack, a stratified sample."""

@@ -64,7 +64,7 @@ class FirstLook(NamedTuple):
     """What one perturbation does to the first model, long before that is audited."""
 
     examples: Path
-    """The file of :func:`gambeson.auditing.audit.save_examples`."""
+    """The file of :func:`gambeson.auditing.stages.examples.save_examples`."""
     uap: UniversalPerturbation
     under: Rate
     """Error under it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from gambeson.base import Config, UserError, replaceable, write_bytes, write_json, write_text
+from gambeson.base import Config, UserError, replaceable, required, write_bytes, write_json, write_text
 from gambeson.studies.matrix import Cell, Matrix
 from gambeson.studies.measures import Value
 from gambeson.studies.store import Damaged, Store
@@ -233,13 +232,9 @@ def export(result: StudyResult, form: str, out: Path) -> Path:
         writer.writerows(lines)
         write_text(out, text.getvalue())
         return out
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError("parquet needs the package pyarrow: pip install 'gambeson[parquet]', or choose --to csv")
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow, parquet = (required(name, "parquet", "choose --to csv") for name in ("pyarrow", "pyarrow.parquet"))
     replaceable(out, "the Parquet of a study")
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), sink)
+    parquet.write_table(pyarrow.Table.from_pylist(lines), sink)
     write_bytes(out, sink.getvalue().to_pybytes())
     return out

@@ -125,7 +125,6 @@ class Runner:
     def __post_init__(self) -> None:
         self.done: set[str] = set()
         self._named: set[str] = set()
-        self._tried: set[str] = set()
 
     def look(self) -> list[Cell]:
         """Return the cells without a result, in the order of work, after a look at the store."""

@@ -14,7 +14,14 @@ from gambeson.base import Config, Number, UserError, read_settings, unknown_name
 from gambeson.defenses.registry import DEFENSES
 from gambeson.studies.audits import AuditMeasure
 from gambeson.studies.claims import At, Claim
-from gambeson.studies.measures import AccuracyMeasure, AttackMeasure, EpsUniMeasure, JacobianMeasure, SuiteMeasure
+from gambeson.studies.measures import (
+    AccuracyMeasure,
+    AttackMeasure,
+    EpsUniMeasure,
+    JacobianMeasure,
+    SuiteMeasure,
+    named,
+)
 from gambeson.studies.trials import Choice, NumberChoice, Range, ends
 from gambeson.threat import Eps
 
@@ -41,10 +48,6 @@ def _folder(name: str) -> str:
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_folder)]
 """The name of a study, and of its folder."""
-
-
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
 
 
 def _seeds(value: Any) -> Any:
@@ -222,8 +225,8 @@ class Study(Config):
     name: Name
     summary: str = ""
     data: Annotated[tuple[StudyData, ...], Field(min_length=1)]
-    models: Annotated[tuple[Annotated[StudyModel, BeforeValidator(_named)], ...], Field(min_length=1)]
-    defenses: Annotated[dict[str, Annotated[StudyDefense, BeforeValidator(_named)]], Field(min_length=1)]
+    models: Annotated[tuple[Annotated[StudyModel, BeforeValidator(named)], ...], Field(min_length=1)]
+    defenses: Annotated[dict[str, Annotated[StudyDefense, BeforeValidator(named)]], Field(min_length=1)]
     """By label."""
     seeds: Annotated[tuple[int, ...], BeforeValidator(_seeds), Field(min_length=1)] = (0, 1, 2)
     """The seeds, or their number."""

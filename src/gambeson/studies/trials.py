@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from gambeson.base import Config, Number, UserError, derive
+from gambeson.base import Config, Number, derive, required
 
 
 class Range(Config):
@@ -68,10 +67,7 @@ def propose(
     Raises:
         UserError: Optuna is missing.
     """
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("trials need the package optuna: pip install 'gambeson[search]', or leave trials out")
-    import optuna
-
+    optuna = required("optuna", "a search by trials", "leave trials out")
     spread: dict[str, Any] = {}
     for name, choice in space.items():
         if not isinstance(choice, Range):

@@ -121,13 +121,14 @@ def _mean_accuracy(right: torch.Tensor, truth: torch.Tensor, predicted: torch.Te
     return (right / truth.clamp(min=1)).sum(1) / (truth > 0).sum(1).clamp(min=1)
 
 
-def _mean_iou(right: torch.Tensor, truth: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+def mean_iou(right: torch.Tensor, truth: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Return the mean IoU (B,) of summed counts (B, K) each, over the classes that occur among the labels."""
     # Without a label a class has nothing right, and adds nothing to the sum.
     return (right / (truth + predicted - right).clamp(min=1)).sum(1) / (truth > 0).sum(1).clamp(min=1)
 
 
 _METRICS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "accuracy": _accuracy,
-    "mean_iou": _mean_iou,
+    "mean_iou": mean_iou,
     "mean_accuracy": _mean_accuracy,
 }

@@ -80,8 +80,6 @@ class Entry:
     """The module around the network; its docstring says what it does."""
     effect: str
     """What a naive evaluation observes, in a few words."""
-    ought: tuple[str, ...] = ()
-    """Diagnostics of which at least one should fail; empty: the audit's attacks should break the model."""
     source: str = ""
     """The defence it imitates and the work that broke it: paper and section, or a public report."""
     settings: tuple[Any, ...] = ()
@@ -183,14 +181,14 @@ def answers(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(part) for part in images.split(500)])
 
 
-def fitted_head(features: nn.Module, data: Dataset, scale: float = 10.0) -> nn.Linear:
+def fitted_head(features: nn.Module, data: Dataset) -> nn.Linear:
     """Fit a last layer by ridge regression on one-hot targets, for features modified after training."""
     images, labels = spread(data.train, 3000)
     h = answers(features, images).double()
     ones = torch.cat([h, torch.ones(len(h), 1).double()], 1)
     targets = nn.functional.one_hot(labels, data.num_classes).double()
     gram = ones.T @ ones + 1e-4 * len(h) * torch.eye(ones.shape[1]).double()
-    weight = torch.linalg.solve(gram, ones.T @ targets) * scale
+    weight = torch.linalg.solve(gram, ones.T @ targets) * 10
     head = nn.Linear(h.shape[1], data.num_classes)
     with torch.no_grad():
         head.weight.copy_(weight[:-1].T)

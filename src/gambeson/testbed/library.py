@@ -12,7 +12,7 @@ from gambeson.base import unknown_name
 from gambeson.data import Dataset
 from gambeson.testbed.entry import Entry
 from gambeson.testbed.obfuscations import OBFUSCATED
-from gambeson.testbed.recipes import DATA, HONEST, material_of, networks
+from gambeson.testbed.recipes import DATA, HONEST, networks, settings_of
 from gambeson.testbed.suspicious import SUSPICIOUS
 from gambeson.testbed.truth import GroundTruth, ground_truth
 
@@ -42,7 +42,7 @@ def models(data: str = "digits") -> list[Entry]:
     Raises:
         UserError: the testbed has no such data.
     """
-    without = material_of(data).without
+    without = settings_of(data).without
     return [entry for entry in (*OBFUSCATED, *HONEST, *SUSPICIOUS) if entry.name not in without]
 
 

@@ -97,6 +97,8 @@ class Recipe:
     """Settings of the training that differ from the default."""
     on_test: bool = False
     """Whether it is trained on the test images, as by a leak."""
+    alone: bool = True
+    """Whether it is a model of the testbed itself, and not only a part of others."""
 
 
 class SingleStep(PGDAdversarial):
@@ -118,7 +120,7 @@ _PLAIN, _PGD = "LeNet-5 trained on clean images.", "Trained on PGD's adversarial
 _SHARED, _HEAPS = "Trained on perturbations that heaps of images share.", "Mummadi et al. 2019"
 _NOISE = {"places": ("relu1",), "noise_from": 0}
 _MADRY = "Madry et al. 2018"
-DATASETS = {
+NETWORKS = {
     "standard": Recipe(_PLAIN, _plain),
     "standard 1": Recipe(_PLAIN, _plain, seed=1),
     "standard 2": Recipe(_PLAIN, _plain, seed=2),
@@ -154,32 +156,25 @@ DATASETS = {
     ),
     "ensemble of 3": Recipe("The mean probability of three networks.", lambda eps: create("ensemble", members=3)),
     "linear": Recipe("Softmax regression.", _plain, lambda data, defense: Linear(data)),
-    # Used only inside obfuscated models.
-    "untrained": Recipe("LeNet-5 as it was drawn.", _plain, epochs=0),
-    "batch-norm": Recipe("LeNet-5 with BatchNorm.", _plain, _with_batch_norm),
+    "untrained": Recipe("LeNet-5 as it was drawn.", _plain, epochs=0, alone=False),
+    "batch-norm": Recipe("LeNet-5 with BatchNorm.", _plain, _with_batch_norm, alone=False),
     "k-winners": Recipe(
-        "LeNet-5 with k-winners-take-all for ReLU.", _plain, _with_winners, epochs=4, settings={"lr": 0.1}
+        "LeNet-5 with k-winners-take-all for ReLU.", _plain, _with_winners, epochs=4, settings={"lr": 0.1}, alone=False
     ),
     "single-step": Recipe(
-        "Trained on single steps of 0.4.", lambda _: SingleStep(eps=0.4), epochs=2, settings={"lr": 0.1}
+        "Trained on single steps of 0.4.", lambda _: SingleStep(eps=0.4), epochs=2, settings={"lr": 0.1}, alone=False
     ),
     "pgd-adversarial on test": Recipe(
         "Trained on adversarial examples of the test images.",
         lambda eps: create("pgd-adversarial", eps=1.5 * eps),
         epochs=8,
         on_test=True,
+        alone=False,
     ),
-    # Used only inside honest models that look suspicious.
-    "Lipschitz": Recipe("Layers of spectral norm one.", _plain, lambda data, defense: Lipschitz(data), epochs=2),
+    "Lipschitz": Recipe(
+        "Layers of spectral norm one.", _plain, lambda data, defense: Lipschitz(data), epochs=2, alone=False
+    ),
 }
-_NOT_ALONE = (
-    "untrained",
-    "batch-norm",
-    "k-winners",
-    "single-step",
-    "pgd-adversarial on test",
-    "Lipschitz",
-)
 
 
 def _itself(net: nn.Module) -> nn.Module:
@@ -191,12 +186,12 @@ def _honest(name: str, recipe: Recipe) -> Entry:
     return Entry("honest", name, _itself, recipe.about, source=recipe.source, parts=lambda nets: (nets(name),))
 
 
-HONEST = tuple(_honest(name, recipe) for name, recipe in DATASETS.items() if name not in _NOT_ALONE)
+HONEST = tuple(_honest(name, recipe) for name, recipe in NETWORKS.items() if recipe.alone)
 """The honest networks, which an audit must trust."""
 
 
 @dataclass(frozen=True)
-class DataInfo:
+class DataSettings:
     """Settings of a data set."""
 
     eps: float
@@ -212,10 +207,10 @@ class DataInfo:
 
 
 DATA = {
-    "digits": DataInfo(eps=0.1, radius=0.15, epochs=15),
-    "mnist5k": DataInfo(eps=0.1, radius=0.15, epochs=10),
-    "fashion-mnist": DataInfo(eps=0.1, radius=0.15, images=(6_000, 500, 1_000)),
-    "cifar10": DataInfo(
+    "digits": DataSettings(eps=0.1, radius=0.15, epochs=15),
+    "mnist5k": DataSettings(eps=0.1, radius=0.15, epochs=10),
+    "fashion-mnist": DataSettings(eps=0.1, radius=0.15, images=(6_000, 500, 1_000)),
+    "cifar10": DataSettings(
         eps=4 / 255,
         radius=12 / 255,
         images=(8_000, 500, 1_000),
@@ -236,7 +231,7 @@ DATA = {
 """The data sets of the testbed."""
 
 
-def material_of(data: str) -> DataInfo:
+def settings_of(data: str) -> DataSettings:
     """Return the settings of a data set of the testbed.
 
     Raises:
@@ -253,20 +248,18 @@ def networks(data: str) -> Networks:
 
     Their weights are cached in ``testbed/`` of the data folder ($GAMBESON_DATA, else ~/.cache/gambeson).
     """
-    material, dataset = material_of(data), load_data(data)
-    if material.images is not None:
+    settings, dataset = settings_of(data), load_data(data)
+    if settings.images is not None:
         train, validation, test = (
             split.subset(torch.arange(count))
-            for split, count in zip((dataset.train, dataset.validation, dataset.test), material.images, strict=True)
+            for split, count in zip((dataset.train, dataset.validation, dataset.test), settings.images, strict=True)
         )
         dataset = Dataset(dataset.name, train, validation, test, dataset.classes)
-    return networks_on(dataset, data_root(None) / "testbed" / data, eps=material.eps, epochs=material.epochs)
+    return networks_on(dataset, data_root(None) / "testbed" / data, eps=settings.eps, epochs=settings.epochs)
 
 
-def networks_on(
-    data: Dataset, folder: Path | None = None, *, eps: float = 0.2, epochs: int = 6, lr: float = 0.05
-) -> Networks:
-    """Return networks of :data:`DATASETS` on any data, each trained on first use.
+def networks_on(data: Dataset, folder: Path | None = None, *, eps: float = 0.2, epochs: int = 6) -> Networks:
+    """Return networks of :data:`NETWORKS` on any data, each trained on first use.
 
     Args:
         data: the training data.
@@ -274,19 +267,18 @@ def networks_on(
             of torch are replaced.
         eps: radius of adversarial training.
         epochs: of training; batches of 64.
-        lr: learning rate.
     """
 
     @cache
     @torch.enable_grad()  # it may be called inside no_grad
     def get(name: str) -> nn.Module:
-        recipe = DATASETS[name]
+        recipe = NETWORKS[name]
         defense = recipe.defense(eps)
         with seeded(recipe.seed, "model"):
             net = recipe.build(data, defense)
         rounds = round(epochs * recipe.epochs)
         own = Dataset(data.name, data.test, data.validation, data.test, data.classes) if recipe.on_test else data
-        settings: dict[str, Any] = {"lr": lr, "batch_size": 64} | recipe.settings
+        settings: dict[str, Any] = {"lr": 0.05, "batch_size": 64} | recipe.settings
         made_of = {
             "build": recipe.build.__name__,
             "defense": {"name": type(defense).__name__, **defense.plain()},

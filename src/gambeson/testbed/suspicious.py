@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from gambeson.models.pixel_model import Normalize
 from gambeson.testbed.entry import Entry, Library, Networks, Trunk, all_of, answers, spread
+from gambeson.testbed.obfuscations.second import with_shape
 
 
 class EightBits(nn.Module):
@@ -148,10 +149,6 @@ def itself(net: nn.Module) -> nn.Module:
     return net
 
 
-def _shaped(nets: Networks) -> tuple[Any, ...]:
-    return nets(), torch.zeros(nets.data.train.shape)
-
-
 def _in(library: Library, *entries: Entry) -> tuple[Entry, ...]:
     return tuple(replace(entry, library=library) for entry in entries)
 
@@ -167,7 +164,7 @@ SUSPICIOUS = (
             Smoothed,
             "The mean logits under eight fixed noises.",
             settings=(8, True),
-            parts=_shaped,
+            parts=with_shape,
         ),
         Entry("honest", "grey to colour", ToColour, "A network of colour images on grey ones."),
         Entry(
@@ -187,7 +184,7 @@ SUSPICIOUS = (
             Smoothed,
             "The mean logits under four noises, drawn at every call.",
             settings=(4, False),
-            parts=_shaped,
+            parts=with_shape,
         ),
         Entry("honest", "bfloat16", InPrecision, "LeNet-5 computed in bfloat16.", settings=(torch.bfloat16,)),
         Entry("honest", "float64", InPrecision, "LeNet-5 computed in float64.", settings=(torch.float64,)),

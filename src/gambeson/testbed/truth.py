@@ -16,7 +16,7 @@ from gambeson.evaluation import Rate
 from gambeson.models import fingerprint
 from gambeson.testbed.entry import Entry, Networks, spread
 from gambeson.testbed.obfuscations.preprocessing import Before
-from gambeson.testbed.recipes import material_of, networks
+from gambeson.testbed.recipes import networks, settings_of
 from gambeson.victim import DEFAULT_VOTES as VOTES
 
 _FORM = "testbed/3"
@@ -121,7 +121,7 @@ def ground_truth(entry: Entry, data: str) -> GroundTruth:
         entry: of the testbed.
         data: name of a data set of the testbed.
     """
-    nets, eps = networks(data), material_of(data).radius
+    nets, eps = networks(data), settings_of(data).radius
     made_of = {
         "form": _FORM,
         "entry": entry.signature,

@@ -15,6 +15,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from gambeson.base import Config, Number, UserError
+from gambeson.base.checks import TOLERANCE
 from gambeson.threat.projections import TINY, fill_greedily, largest_share, project_l1_box, project_l2_box
 
 Eps = Annotated[Number, Field(ge=0)]
@@ -96,6 +97,11 @@ class Ball(Config):
         nearest = torch.tensor(self.eps, dtype=torch.float32)
         below = torch.nextafter(nearest, torch.zeros(()))
         return float(nearest if float(nearest) <= self.eps else below)
+
+    @property
+    def limit(self) -> float:
+        """The largest norm that counts as inside: a thousandth above eps, as sums over many pixels are rounded."""
+        return self.eps * (1 + 1e-3) + TOLERANCE
 
     def project(self, delta: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
         """Return the Euclidean projection of each row onto the ball.

@@ -39,9 +39,7 @@ def read_state(path: Path, settings: dict[str, Any]) -> tuple[dict[str, torch.Te
         UserError: it belongs to a training with other ``settings``.
     """
     tensors, about = load_tensors(path, "the state of a training run")
-    held = about.get("settings", settings)
-    origin = {key: settings[key] for key in settings.keys() - held.keys()}  # which an earlier version did not keep
-    refuse_other(path.parent.parent, origin | held, settings)
+    refuse_other(path.parent.parent, about["settings"], settings)
     return tensors, about
 
 

@@ -67,21 +67,22 @@ def chance_level(last: dict[str, float], split: Split) -> str:
     pixels has no more.
 
     Args:
-        last: an entry of a history. Those of earlier versions have no mean over the classes: the accuracy has then to
-            exceed the share of the most frequent class by two standard errors.
+        last: an entry of a history.
         split: the validation split.
     """
     if "validation_mean_iou" in last:
         found, most = last["validation_mean_iou"], 1 / len(split.classes)
         how = f"its mean IoU on {split.name} is {100 * found:.1f} %, and a single class has up to {100 * most:.1f} %"
         return "" if found > most else how
-    counted, found = split.labels[split.task.valid(split.labels)], last[ACCURACY]
+    if not _at_chance(last):
+        return ""
+    counted = split.labels[split.task.valid(split.labels)]
     most = float(counted.bincount().max()) / len(counted)
-    how = f"it gets {100 * found:.1f} % of {split.name} right, and the most frequent class alone is {100 * most:.1f} %"
-    if BALANCED not in last:
-        return "" if found > most + 2 * math.sqrt(most * (1 - most) / len(counted)) else how
-    how += f" (mean over the classes {100 * last[BALANCED]:.1f} %, by chance up to {100 * last[BY_CHANCE]:.1f} %)"
-    return how if _at_chance(last) else ""
+    return (
+        f"it gets {100 * last[ACCURACY]:.1f} % of {split.name} right, and the most frequent class alone is "
+        f"{100 * most:.1f} % (mean over the classes {100 * last[BALANCED]:.1f} %, by chance up to "
+        f"{100 * last[BY_CHANCE]:.1f} %)"
+    )
 
 
 def _at_chance(entry: dict[str, float]) -> bool:

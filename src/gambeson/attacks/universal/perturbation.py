@@ -76,8 +76,9 @@ class UniversalPerturbation:
     ) -> None:
         if delta.ndim != 4 or len(delta) != 1:
             raise UserError(f"a universal perturbation has shape (1, C, H, W), got {tuple(delta.shape)}")
-        size = float(delta.detach().double().norm(p=float(about.norm)))
-        if not size <= about.eps * (1 + 1e-3) + 1e-6:  # sums over many pixels are rounded
+        ball = Ball(eps=about.eps, norm=about.norm)
+        size = float(ball.length(delta.detach().double()))
+        if not size <= ball.limit:  # not finite, too
             raise UserError(
                 f"the universal perturbation has norm {size:.4g} ({about.norm}), but eps = {eps_text(about.eps)}: "
                 "expected a finite one inside the ball; project it"

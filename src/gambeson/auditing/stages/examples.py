@@ -14,7 +14,7 @@ from gambeson.evaluation.targeted import Goal
 from gambeson.victim import Victim, vote
 
 FILE = "examples.safetensors"
-_MAPS_SHOWN = 6
+_SHOWN, _MAPS_SHOWN = 10, 6
 
 
 def save_examples(
@@ -24,11 +24,10 @@ def save_examples(
     uap: UniversalPerturbation,
     before: torch.Tensor,
     after: torch.Tensor,
-    count: int = 10,
     curve: Sequence[UniversalPerturbation] = (),
     targeted: Mapping[str, UniversalPerturbation] | None = None,
 ) -> None:
-    """Write ``count`` test images, clean and perturbed, in which right and wrong stand in their true proportion.
+    """Write ten test images, clean and perturbed, in which right and wrong stand in their true proportion.
 
     The file holds ``images`` and ``perturbed`` (uint8, K x C x H x W), ``labels``, ``predictions`` and
     ``perturbed_predictions`` (K, or K x H x W). Of images with label maps there are six at the most, whose errors
@@ -44,14 +43,13 @@ def save_examples(
         uap: the perturbation.
         before: (N,), what share of each image is wrong when clean.
         after: (N,), what share of it is wrong under the perturbation.
-        count: number of images.
         curve: of label maps, the perturbations by eps.
         targeted: of label maps, perturbations with a target, by its kind.
     """
     if test.task.per_image_label:
-        chosen = in_proportion(test.labels.cpu(), 2 * (before > 0).long() + (after <= 0).long(), count)
+        chosen = in_proportion(test.labels.cpu(), 2 * (before > 0).long() + (after <= 0).long(), _SHOWN)
     else:
-        parts = min(count, _MAPS_SHOWN, len(test))
+        parts = min(_MAPS_SHOWN, len(test))
         middles = (torch.arange(parts) + 0.5) * len(test) / parts
         chosen = after.argsort(stable=True)[middles.long()]
     images, truths = test.take(chosen, victim.device)

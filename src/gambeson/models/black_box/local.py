@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from gambeson.base import UserError, one_line, pixel_bytes, refuse_pointer
+from gambeson.base import UserError, one_line, pixel_bytes, refuse_pointer, required
 from gambeson.data import Shape
 from gambeson.models.black_box.base import BlackBox
-from gambeson.models.hubs import required
 
 
 class FunctionModel(BlackBox):

@@ -8,10 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gambeson.testbed.entry import Entry, Networks, answers, spread
-
-ALIVE, WHOLE, TRUE = "no vanishing gradients", "unbounded attack succeeds", "gradient matches finite differences"
-BOTH, AGAIN, MATES = (ALIVE, WHOLE), "stateless", ("independent of the batch",)
+from gambeson.testbed.entry import Entry, Networks, answers, spread, with_training
 
 
 def _coarse(x: torch.Tensor) -> torch.Tensor:
@@ -130,10 +127,6 @@ def _of_test(nets: Networks) -> tuple[Any, ...]:
     return nets(), *nets.data.test.take(slice(None), torch.device("cpu"))
 
 
-def _of_train(nets: Networks) -> tuple[Any, ...]:
-    return nets(), spread(nets.data.train, 2000)[0]
-
-
 class BatchCentred(nn.Module):
     """The mean image of the batch exchanged for that of the training images: what all share is taken out."""
 
@@ -193,57 +186,50 @@ def _mean_logits(nets: Networks) -> tuple[Any, ...]:
 
 ASKED = "Chen et al. 2019, stateful detection"
 DETECT = "Carlini and Wagner 2017, ten detection methods"
-UNSEEN = "no test-set leakage"
 PERTURBED, OWN = "perturbed images get the clean answer", "robust on what it is scored on"
 BATCH_SIZE, TRAIN_MODE = "RobustBench/robustbench#7: flips with the batch size", "bethgelab/foolbox#74"
 NONE = "no pattern works"
 
 CONTEXT = (
-    Entry(
-        "state", "repeated queries: constant", Remembering, "gradients of no use", (AGAIN,), ASKED, ("constant", 0.3)
-    ),
-    Entry("state", "repeated queries: random", Remembering, "gradients of no use", (AGAIN,), ASKED, ("random", 0.3)),
-    Entry("state", "repeated queries: first answer", Remembering, PERTURBED, (AGAIN,), ASKED, ("first", 1.2)),
+    Entry("state", "repeated queries: constant", Remembering, "gradients of no use", ASKED, ("constant", 0.3)),
+    Entry("state", "repeated queries: random", Remembering, "gradients of no use", ASKED, ("random", 0.3)),
+    Entry("state", "repeated queries: first answer", Remembering, PERTURBED, ASKED, ("first", 1.2)),
     Entry(
         "detection",
         "detector: constant class",
         Detector,
         "no gradient where it looks",
-        BOTH,
         DETECT,
         ("constant",),
-        _of_train,
+        with_training,
     ),
     Entry(
         "detection",
         "detector: equal logits",
         Detector,
         "no gradient where it looks",
-        BOTH,
         DETECT,
         ("uniform",),
-        _of_train,
+        with_training,
     ),
-    Entry("detection", "detector: no gradient", Detector, "no second step", (TRUE,), DETECT, ("detached",), _of_train),
-    Entry("memorization", "test images looked up", HardMemory, OWN, (*BOTH, UNSEEN), parts=_of_test),
-    Entry("memorization", "test images remembered smoothly", SoftMemory, OWN, (UNSEEN,), parts=_of_test),
-    Entry("memorization", "test images remembered within a radius", MemoryWithin, OWN, (UNSEEN,), parts=_of_test),
+    Entry("detection", "detector: no gradient", Detector, "no second step", DETECT, ("detached",), with_training),
+    Entry("memorization", "test images looked up", HardMemory, OWN, parts=_of_test),
+    Entry("memorization", "test images remembered smoothly", SoftMemory, OWN, parts=_of_test),
+    Entry("memorization", "test images remembered within a radius", MemoryWithin, OWN, parts=_of_test),
     Entry(
         "false gradient",
         "two-faced",
         TwoFaced,
         "gradients are another net's",
-        (TRUE, WHOLE),
         parts=lambda nets: (nets(), nets("untrained")),
     ),
-    Entry("batch", "batch's mean image exchanged", BatchCentred, NONE, MATES, BATCH_SIZE, parts=_mean_image),
-    Entry("batch", "batch's mean logits exchanged", LogitsCentred, NONE, MATES, BATCH_SIZE, parts=_mean_logits),
+    Entry("batch", "batch's mean image exchanged", BatchCentred, NONE, BATCH_SIZE, parts=_mean_image),
+    Entry("batch", "batch's mean logits exchanged", LogitsCentred, NONE, BATCH_SIZE, parts=_mean_logits),
     Entry(
         "batch",
         "BatchNorm stuck in training",
         StuckInTraining,
         "answers by batch-mates",
-        MATES,
         TRAIN_MODE,
         parts=lambda nets: (nets("batch-norm"),),
     ),

@@ -7,9 +7,6 @@ from torch import nn
 
 from gambeson.testbed.entry import Entry, Networks, Trunk, all_of, answers, fitted_head, spread
 
-ALIVE, WHOLE, TRUE = "no vanishing gradients", "unbounded attack succeeds", "gradient matches finite differences"
-STEPS, START, LONGER = "multi-step beats single-step", "random start no stronger", "monotone in step size"
-
 
 class StoppedFeatures(nn.Module):
     """The last features cut off from the graph."""
@@ -98,53 +95,22 @@ def winners(net: nn.Module) -> nn.Module:
     return net
 
 
-BOTH = (ALIVE, WHOLE)
 OBFUSCATED = "Athalye et al. 2018"
 
 FEATURES = (
+    Entry("features", "stopped features", StoppedFeatures, "no gradient at all", "fra31/auto-attack#43", parts=all_of),
+    Entry("false gradient", "three quarters stopped", HalfStopped, "the gradient is of another function", parts=all_of),
+    Entry("features", "steep sigmoid", Sigmoid, "the gradient saturates", OBFUSCATED, parts=all_of),
+    Entry("features", "steep tanh", Tanh, "the gradient saturates", OBFUSCATED, parts=all_of),
     Entry(
-        "features",
-        "stopped features",
-        StoppedFeatures,
-        "no gradient at all",
-        BOTH,
-        "fra31/auto-attack#43",
-        parts=all_of,
+        "features", "a hundred tanh", DeepSquashing, "the gradient vanishes", f"{OBFUSCATED}, section 4.3", parts=all_of
     ),
-    Entry(
-        "false gradient",
-        "three quarters stopped",
-        HalfStopped,
-        "the gradient is of another function",
-        (TRUE,),
-        parts=all_of,
-    ),
-    Entry("features", "steep sigmoid", Sigmoid, "the gradient saturates", BOTH, OBFUSCATED, parts=all_of),
-    Entry("features", "steep tanh", Tanh, "the gradient saturates", BOTH, OBFUSCATED, parts=all_of),
-    Entry(
-        "features",
-        "a hundred tanh",
-        DeepSquashing,
-        "the gradient vanishes",
-        BOTH,
-        f"{OBFUSCATED}, section 4.3",
-        parts=all_of,
-    ),
-    Entry(
-        "features",
-        "shattered features",
-        Shattered,
-        "the gradient is shattered",
-        (TRUE, WHOLE),
-        OBFUSCATED,
-        parts=all_of,
-    ),
+    Entry("features", "shattered features", Shattered, "the gradient is shattered", OBFUSCATED, parts=all_of),
     Entry(
         "features",
         "single-step training",
         single_step,
         "FGSM finds nothing",
-        (STEPS, START, LONGER),
         "Tramèr et al. 2018, section 3.3; Wong et al. 2020",
         parts=lambda nets: (nets("single-step"),),
     ),
@@ -153,7 +119,6 @@ FEATURES = (
         "k winners take all",
         winners,
         "the gradient jumps",
-        (TRUE,),
         "Xiao et al. 2020; taken apart by Tramèr et al. 2020",
         parts=lambda nets: (nets("k-winners"),),
     ),

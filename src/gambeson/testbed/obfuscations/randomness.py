@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from gambeson.testbed.entry import Entry, Trunk, three
 
-RANDOM = ("deterministic or majority vote", "no EOT gap", "no noise-off gap")
-
 
 class NoisyInput(nn.Module):
     """Normal noise of a quarter of the range on the pixels."""
@@ -100,20 +98,17 @@ ONE_FORWARD, NO_EOT = "fra31/auto-attack#105: one forward decides", "bethgelab/f
 EOT = "Athalye et al. 2018, section 4.2"
 
 RANDOMNESS = (
-    Entry("randomness", "input noise", NoisyInput, "one gradient is mostly noise", RANDOM, f"{NO_EOT}; {EOT}"),
-    Entry("randomness", "logit noise", NoisyLogits, "one pass decides", RANDOM, NO_EOT),
+    Entry("randomness", "input noise", NoisyInput, "one gradient is mostly noise", f"{NO_EOT}; {EOT}"),
+    Entry("randomness", "logit noise", NoisyLogits, "one pass decides", NO_EOT),
     Entry(
         "randomness",
         "random resizing and padding",
         ResizedAndPadded,
         "gradients of another size",
-        RANDOM,
         f"Xie et al. 2018; {EOT}",
     ),
-    Entry(
-        "randomness", "dropped pixels", DroppedPixels, "one gradient sees two thirds", RANDOM, f"Guo et al. 2018; {EOT}"
-    ),
-    Entry("randomness", "dropout left on", DropoutOn, "one pass decides", RANDOM, "bethgelab/foolbox#74, #78"),
-    Entry("randomness", "random member", RandomMember, "the gradient of another net", RANDOM, EOT, parts=three),
-    Entry("randomness", "random errors", RandomError, "an attack seems to succeed by chance", RANDOM, ONE_FORWARD),
+    Entry("randomness", "dropped pixels", DroppedPixels, "one gradient sees two thirds", f"Guo et al. 2018; {EOT}"),
+    Entry("randomness", "dropout left on", DropoutOn, "one pass decides", "bethgelab/foolbox#74, #78"),
+    Entry("randomness", "random member", RandomMember, "the gradient of another net", EOT, parts=three),
+    Entry("randomness", "random errors", RandomError, "an attack seems to succeed by chance", ONE_FORWARD),
 )
