@@ -397,6 +397,7 @@ def tables() -> dict[str, tuple[str, str]]:
         "claims table": ("../README.md", lines(*claims.headline())),
         "preset table": ("recipe.md", lines(*claims.of_preset("gambeson"))),
         "preset at equal time table": ("recipe.md", lines(*claims.of_preset("gambeson", "seconds"))),
+        "preset as shipped table": ("recipe.md", lines(*claims.as_shipped())),
         "preset at half table": ("recipe.md", lines(*claims.of_preset("gambeson-half"))),
         "auditors table": ("../README.md", testbed_rates.beside()),
         "defenses table": ("defenses.md", defences()),
