@@ -15,6 +15,7 @@ from test_report_browser import CHROMIUM, browser  # noqa: F401
 
 from gambeson import report
 from gambeson.cli.app import run
+from gambeson.report.charts import hue, symbol
 from gambeson.studies import Study
 from gambeson.studies.measures import Value
 from gambeson.studies.rows import Result, StudyResult
@@ -163,6 +164,23 @@ def test_a_row_leads_to_the_page_of_its_audit(tmp_path: Path) -> None:
     assert "gambeson report cells/abc" not in seen.text
     elsewhere = report.write_study(result, tmp_path / "x" / "page.html", tmp_path / "x")
     assert "gambeson report cells/abc/audit" in Reader(elsewhere.read_text()).text
+
+
+def test_what_has_not_learnt_is_no_point_and_no_two_look_alike(tmp_path: Path) -> None:
+    result = made()
+    for row in result.rows:
+        if row.defense == "pgd":
+            row.values["train.learnt"] = Value(value=0)
+            row.values["eps.eps_uni"] = Value(value=0.1)
+    html = report.write_study(result, tmp_path / "page.html").read_text()
+    figure = re.findall(r'data-chart="[^"]*">(.*?)</script>', html, re.DOTALL)[0]
+    names = [trace["name"] for trace in json.loads(figure)["data"]]
+    assert "pgd" not in names
+    assert "standard" in names
+    cells = next(row for row in Reader(html).rows if row[0].startswith("pgd"))
+    assert cells[3].strip() == "0.1"  # the seeds agree, which is no interval
+    looks = {(symbol(k), hue(k)) for k in range(36)}
+    assert len(looks) == 36
 
 
 def test_a_dominated_point_is_not_on_the_front(tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def hue(index: int) -> str:
     return HUES[index % len(HUES)]
 
 
+def symbol(index: int) -> str:
+    """Return the marker of the model at ``index``: no two of 36 have both marker and colour in common."""
+    return MARKERS[(index + index // len(HUES)) % len(MARKERS)]
+
+
 def figure(folders: Sequence[Folder], norm: str) -> dict[str, Any]:
     """Build data and layout: for every model a band, its controls, and its line on top."""
     traces: list[dict[str, Any]] = []
@@ -118,7 +123,7 @@ def edits(folders: Sequence[Folder]) -> Chart | None:
             dash = {"strongest control": "dash", "clean error": "dot"}.get(said)
             look: dict[str, Any] = {"line": {"color": hue(k), "width": 1.4, "dash": dash}}
             if dash is None:
-                marker = {"symbol": MARKERS[k % len(MARKERS)], "size": 9, "color": hue(k)}
+                marker = {"symbol": symbol(k), "size": 9, "color": hue(k)}
                 look = {"mode": "markers", "marker": marker, "showlegend": True, "error_y": _arms([*rates.values()])}
             text = [
                 f"{escape(folder.label)}<br>{name}<br>{said} {rate}<br>n = {rate.n:,}" for name, rate in rates.items()

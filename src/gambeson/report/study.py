@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gambeson.report.charts import AXIS, LEGEND, MARKERS, Chart, embed, hue, plain_layout
+from gambeson.report.charts import AXIS, LEGEND, Chart, embed, hue, plain_layout, symbol
 from gambeson.report.formatting import Facts, flat, percent
 from gambeson.studies.claims import Claim
 from gambeson.studies.measures import Value, meaning
 from gambeson.studies.rows import Result, StudyResult
-from gambeson.studies.verdicts import Finding, front, interval
+from gambeson.studies.verdicts import Finding, front, interval, learnt
 
 AT = {"steps": "equal steps", "seconds": "equal time"}
 _BADGES = {
@@ -219,8 +219,8 @@ def _interval(values: Sequence[Value], metric: str) -> tuple[float, float] | Non
     if len(values) == 1:
         (one,) = values
         return None if one.low is None or one.high is None else (one.low, one.high)
-    low, high = interval([value.value for value in values])
-    return (max(low, 0.0), min(high, 1.0)) if meaning(metric).share else (low, high)
+    ends, kind = interval([value.value for value in values]), meaning(metric)
+    return None if ends is None else (max(ends[0], kind.least), min(ends[1], 1.0) if kind.share else ends[1])
 
 
 def _ends(value: float, metric: str) -> str:
@@ -290,10 +290,13 @@ def _charts(result: StudyResult, metrics: Sequence[str]) -> list[tuple[str, list
 
 
 def _chart(name: str, rows: Sequence[Result], clean: str, other: str) -> Chart | None:
-    """One point per defence and variant, with its intervals over seeds, and the Pareto front of the means."""
+    """One point per defence and variant, with its intervals over seeds, and the Pareto front of the means.
+
+    What has not learnt is left out.
+    """
     points: dict[str, dict[str, tuple[list[Value], list[Value]]]] = {}
     for row in rows:
-        if clean in row.values and other in row.values:
+        if clean in row.values and other in row.values and learnt(row):
             both = points.setdefault(row.defense, {}).setdefault(row.variant, ([], []))
             both[0].append(row.values[clean])
             both[1].append(row.values[other])
@@ -319,7 +322,7 @@ def _chart(name: str, rows: Sequence[Result], clean: str, other: str) -> Chart |
                 "thickness": 1,
             }
         means += list(zip(*centres, strict=True))
-        look = {"color": hue(k), "symbol": MARKERS[k % len(MARKERS)], "size": 10}
+        look = {"color": hue(k), "symbol": symbol(k), "size": 10}
         text = [f"{label}{f' ({variant})' if variant else ''}" for variant in variants]
         traces.append(
             {"type": "scatter", "mode": "markers", "name": label, "x": centres[0], "y": centres[1], "marker": look}
@@ -330,7 +333,7 @@ def _chart(name: str, rows: Sequence[Result], clean: str, other: str) -> Chart |
     line = {"type": "scatter", "mode": "lines", "name": "Pareto front", "line": {"color": "#5a6675", "dash": "dot"}}
     traces.insert(0, line | {"x": [x for x, _ in best], "y": [y for _, y in best], "hoverinfo": "skip"})
     units = [" (%)" if scale == 100 else "" for scale in scales]
-    layout = plain_layout(420) | {"legend": LEGEND | {"y": -0.25}}
+    layout = plain_layout(400 + 14 * len(traces)) | {"legend": LEGEND}
     layout["xaxis"] = {**AXIS, "title": {"text": f"{_head(clean)}{units[0]}"}}
     layout["yaxis"] = {**AXIS, "title": {"text": f"{_head(other)}{units[1]}"}}
     told = "; ".join(

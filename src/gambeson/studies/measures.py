@@ -40,6 +40,8 @@ class Meaning(NamedTuple):
     """1: the more the better; -1: the less."""
     share: bool = True
     """Whether it is a share, which tables show in per cent."""
+    least: float = 0.0
+    """No value is lower."""
 
 
 METRICS = {
@@ -52,7 +54,7 @@ METRICS = {
     "trusted": Meaning("verdict trusted", 1),
     "sharing": Meaning("sharing factor of the Jacobians", -1, share=False),
     "jacobian": Meaning("mean Frobenius norm of the Jacobians", -1, share=False),
-    "pairs": Meaning("mean cosine of the Jacobians of two images", -1, share=False),
+    "pairs": Meaning("mean cosine of the Jacobians of two images", -1, share=False, least=-1.0),
     "validation_accuracy": Meaning("clean accuracy on validation", 1),
     "validation_uer": Meaning("UER on validation", -1),
     "learnt": Meaning("better than the most frequent class", 1),

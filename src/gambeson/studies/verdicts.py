@@ -180,14 +180,17 @@ def _half(spread: float, seeds: int, confidence: float) -> float:
     return float(stdtrit(seeds - 1, (1 + confidence) / 2)) * spread / math.sqrt(seeds)
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return the ends of Student's interval of the mean over seeds.
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Return the ends of Student's interval of the mean over seeds; None where all agree, which tells no spread.
 
     Args:
         values: one a seed, of two or more.
         confidence: two-sided.
     """
-    mean, half = statistics.fmean(values), _half(statistics.stdev(values), len(values), confidence)
+    spread = statistics.stdev(values)
+    if spread <= _ROUNDING:
+        return None
+    mean, half = statistics.fmean(values), _half(spread, len(values), confidence)
     return mean - half, mean + half
 
 
