@@ -116,6 +116,12 @@ def by_defense(name: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def over_seeds(values: list[float]) -> str:
+    """Return the mean, and the range where there are several."""
+    spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else "not run"
+
+
 def defences() -> str:
     """Return the comparison of the defences."""
     columns = {"clean.accuracy": "clean", "uap-half.uer": "UER 0.1", "uap.uer": "UER 0.2", "uap-more.uer": "UER 0.3"}
@@ -123,9 +129,7 @@ def defences() -> str:
     cost = load("defenses.json").get("time of a step", {})
     found = []
     for name, rows in by_defense("defenses").items():
-        values = [shares(rows, metric) for metric in columns]
-        spreads = [f" ({min(one):.0f}-{max(one):.0f})" if len(one) > 1 else "" for one in values]
-        cells = [f"{statistics.mean(one):.1f}{spread}" for one, spread in zip(values, spreads, strict=True)]
+        cells = [over_seeds(shares(rows, metric)) for metric in columns]
         found.append([name, len(rows), f"{cost[name]:.1f}" if name in cost else "", *cells])
     return lines(["defence", "seeds", "time of a step", *columns.values()], found)
 
@@ -137,8 +141,7 @@ def ablation() -> str:
     columns |= {"pgd.accuracy": "PGD-20 at 0.1", "pgd-full.accuracy": "PGD-20 at 0.2"}
     found = []
     for name, rows in by_defense("gambeson-ablation").items():
-        values = [shares(rows, metric) for metric in columns]
-        found.append([name, *(f"{statistics.mean(one):.1f}" if one else "not run" for one in values)])
+        found.append([name, *(over_seeds(shares(rows, metric)) for metric in columns)])
     return lines(["training", *columns.values()], found)
 
 

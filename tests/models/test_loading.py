@@ -192,6 +192,7 @@ def _two():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
+        (".", r"\. is a folder without a model: name one that a finished `gambeson train` has written"),
         ("{}/none", "none does not exist: name the folder of a finished `gambeson train`"),
         ("lenett", r"lenett does not exist, and as the name .* unknown model 'lenett': did you mean"),
         ("{}/none.pt2", "none.pt2 does not exist: name a program"),

@@ -221,6 +221,10 @@ def _channels_of(weights: Path, architecture: str) -> int | None:
     return None if kernel is None else kernel.shape[1]
 
 
+_OF_MODELS = (FILE_NAME, "run.yaml", "config.json")
+"""What a folder that is a model has one of."""
+
+
 def _loader(source: str) -> Any:
     if source.startswith(_SERVER):
         refuse_secrets(source)
@@ -229,6 +233,8 @@ def _loader(source: str) -> Any:
     if source.lower().endswith(".onnx"):
         return _onnx
     architecture, weights = _parted(source)
+    if (folder := Path(source)).is_dir() and not any((folder / one).is_file() for one in _OF_MODELS):
+        raise UserError(f"{source} is a folder without a model: name one that a finished `gambeson train` has written")
     if weights is None and Path(source).exists() and Path(source).suffix != ".py" and not hubs.is_folder(source):
         return _program if source.endswith(SUFFIX) else _stored
     if source.endswith(SUFFIX):
