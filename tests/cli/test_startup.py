@@ -235,6 +235,16 @@ def test_without_a_terminal_progress_is_lines(monkeypatch):
     ]
 
 
+@pytest.mark.full
+def test_an_attack_loads_no_algebra():
+    """Torch imports sympy, for a second, where a gradient is asked for with a cotangent of its own."""
+    script = (
+        "import sys, gambeson as gb; data = gb.data.load('digits'); x, y = data.test.take(slice(0, 8));"
+        "gb.attacks.PGD(eps=0.1, steps=2)(gb.models.create('lenet5', data), x, y); sys.exit('sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
 def test_steps_are_shown_unless_they_are_part_of_a_task():
     from rich.console import Console
 

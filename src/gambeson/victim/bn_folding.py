@@ -202,7 +202,8 @@ def _agree(
         if not logits.requires_grad:
             return logits.detach(), None, sent._version > 0
         weights = torch.linspace(1, 2, logits[0].numel(), device=logits.device).view(logits.shape[1:]).to(logits.dtype)
-        (gradient,) = torch.autograd.grad(logits, images, weights.expand_as(logits).contiguous(), allow_unused=True)
+        # Of a sum, since torch imports sympy, which takes a second, to look at a cotangent.
+        (gradient,) = torch.autograd.grad((logits * weights).sum(), images, allow_unused=True)
         return logits.detach(), gradient, sent._version > 0
 
     def near(ours: torch.Tensor, theirs: torch.Tensor, most: float) -> bool:
