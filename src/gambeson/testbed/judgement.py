@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gambeson.base import Config, UserError
 from gambeson.evaluation import Rate
@@ -44,6 +44,20 @@ class Judgement(Config):
     """Universal evasion rate: the error under one perturbation for all test images."""
     reasons: list[str] = Field(default_factory=list)
     """Why it does not trust the model."""
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except UserError as error:  # a mistake of the auditor, which is no refusal of a model
+            raise NotAJudgement(f"the auditor's judgement cannot be read ({error})") from None
+
+    @model_validator(mode="after")
+    def _of_images(self) -> Judgement:
+        for name, rate in (("accuracy", self.accuracy), ("uer", self.uer)):
+            if rate is not None and not (rate.n > 0 and rate.low <= rate.value <= rate.high):
+                found = f"{rate.value} in [{rate.low}, {rate.high}] of {rate.n} images"
+                raise ValueError(f"{name} is {found}: expected a share of one image or more, inside its interval")
+        return self
 
     @property
     def numbers(self) -> bool:
@@ -120,7 +134,7 @@ def as_judgement(said: Any, about: str) -> Judgement:
         NotAJudgement: it is of another type.
     """
     if isinstance(said, Judgement):
-        return _sound(said, about)
+        return said
     plain = said.item() if callable(getattr(said, "item", None)) and getattr(said, "ndim", 0) == 0 else said
     if isinstance(plain, bool):
         return Judgement(trusted=plain)
@@ -132,20 +146,7 @@ def as_judgement(said: Any, about: str) -> Judgement:
             f"the auditor returned a {type(said).__name__} for {about!r}: expected True or False (is the model to be "
             "believed?), or an object with .trusted or .robust, such as gambeson.testbed.Judgement"
         )
-    try:
-        return _sound(Judgement(**fields), about)
-    except UserError as error:
-        raise NotAJudgement(f"the auditor's judgement of {about!r} cannot be read ({error})") from None
-
-
-def _sound(said: Judgement, about: str) -> Judgement:
-    for name, rate in (("accuracy", said.accuracy), ("uer", said.uer)):
-        if rate is not None and not (rate.n > 0 and 0 <= rate.low <= rate.value <= rate.high <= 1):
-            raise NotAJudgement(
-                f"the auditor's {name} of {about!r} is {rate.value} in [{rate.low}, {rate.high}] of {rate.n} images: "
-                "expected a share of one image or more, inside its interval"
-            )
-    return said
+    return Judgement(**fields)
 
 
 def pgd(model: nn.Module, data: Dataset) -> Judgement:
