@@ -22,6 +22,7 @@ from gambeson.auditing.gates import METRICS
 from gambeson.base import Registered, read_json
 from gambeson.defenses.registry import DEFENSES
 from gambeson.evaluation import Rate
+from gambeson.studies.verdicts import interval
 
 DOCS = Path(__file__).parent
 sys.path += [str(DOCS), str(DOCS.parent / "benchmarks")]
@@ -135,13 +136,19 @@ def defences() -> str:
 
 
 def ablation() -> str:
-    """Return what each part of the preset adds, on validation and on test."""
-    columns = {"train.validation_accuracy": "clean, validation", "train.validation_uer": "UER 0.2, validation"}
-    columns |= {"clean.accuracy": "clean", "uap.uer": "UER 0.2", "uap-more.uer": "UER 0.3"}
+    """Return the preset's numbers, and by how much they change without a part of it, seed by seed."""
+    columns = {"clean.accuracy": "clean", "uap.uer": "UER 0.2", "uap-more.uer": "UER 0.3"}
     columns |= {"pgd.accuracy": "PGD-20 at 0.1", "pgd-full.accuracy": "PGD-20 at 0.2"}
-    found = []
-    for name, rows in by_defense("gambeson-ablation").items():
-        found.append([name, *(over_seeds(shares(rows, metric)) for metric in columns)])
+    rows = by_defense("gambeson-ablation")
+    preset = rows.pop("gambeson")
+    found = [["gambeson", *(over_seeds(shares(preset, metric)) for metric in columns)]]
+    for name, others in rows.items():
+        cells = []
+        for metric in columns:
+            changes = [other - own for other, own in zip(shares(others, metric), shares(preset, metric), strict=True)]
+            low, high = interval(changes) or (math.nan, math.nan)
+            cells.append(f"{statistics.mean(changes):+.1f} [{low:+.1f}, {high:+.1f}]")
+        found.append([name, *cells])
     return lines(["training", *columns.values()], found)
 
 
