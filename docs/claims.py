@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import sys
@@ -93,7 +94,9 @@ def as_shipped() -> tuple[list[str], Rows]:
         told = []
         for metric, (scale, digits, unit) in metrics.items():
             values = [scale * row["values"][metric]["value"] for row in of]
-            mean, low, high = (f"{one:.{digits}f}" for one in (statistics.fmean(values), *interval(values)))
+            mean, low, high = (
+                f"{one:.{digits}f}" for one in (statistics.fmean(values), *(interval(values) or (math.nan, math.nan)))
+            )
             told.append(f"{mean}{unit} [{low}, {high}]")
         rows.append((f"{defense}, {chosen}", *told))
     return ["settings", "clean accuracy", "eps_uni(0.5)", "attack suite"], rows

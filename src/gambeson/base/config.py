@@ -51,7 +51,7 @@ Number = Annotated[float, BeforeValidator(_finite), BeforeValidator(parse_number
 """A finite float that may be written as text, fractions included: ``8/255``."""
 
 
-def _one_line(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return " ".join("".join(" " if unicodedata.category(one) in _NO_TEXT else one for one in value).split())
@@ -59,7 +59,7 @@ def _one_line(value: Any) -> Any:
 
 _NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}
 """Categories of control characters, of halves of characters, and of line and paragraph separators."""
-Label = Annotated[str, BeforeValidator(_one_line)]
+Label = Annotated[str, BeforeValidator(_plain)]
 """A name for tables, pages and files: one line, of characters that each of them can hold."""
 
 
